@@ -1,0 +1,148 @@
+"""What the CIFAR programs share: the published flags, and one run from flags to files."""
+
+import random
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from cifar.presets import PRESETS
+from models import create_model, list_models
+from models.registry import CIFAR_SETTINGS
+from utils import checkpoint
+from utils.cli import Parser, UserError, choose_device, number
+from utils.data import DATASETS, load_data, test_loader, train_loader
+from utils.records import RunFiles
+from utils.training import evaluate, fit, load_optimizer, make_optimizer
+
+count, natural = number(int, 1), number(int, 0)
+positive, non_negative = number(float, 0, open_low=True), number(float, 0)
+
+
+def get_parser(description, lr):
+    """The published flags with their defaults, and ours: --preset, --device, --backward."""
+    parser = Parser(PRESETS, description=description)
+    add = parser.add_argument
+    names = ", ".join(DATASETS)
+    add("-d", "--dataset", choices=DATASETS, metavar="NAME", default="cifar10", help=f"one of: {names}")
+    add("--path", default="./data", help="folder of the data set")
+    add(
+        "-j",
+        "--workers",
+        type=natural,
+        default=4,
+        help="processes that load data; 0: none but the program's own",
+    )
+    names = ", ".join(list_models())
+    add(
+        "--model",
+        choices=list_models(),
+        metavar="NAME",
+        default="preresnet.resnet18_if",
+        help=f"one of: {names}",
+    )
+    add("--name", default="", help="suffix of the names of the run's files")
+    add("--timesteps", type=count, default=CIFAR_SETTINGS["timesteps"], help="T, the latency")
+    add("--Vth", type=positive, default=CIFAR_SETTINGS["Vth"], help="initial threshold")
+    add("--tau", type=positive, default=CIFAR_SETTINGS["tau"], help="LIF: time constant of the membrane")
+    add("--delta_t", type=positive, default=CIFAR_SETTINGS["delta_t"], help="LIF: length of a time step")
+    alpha = number(float, 0, open_low=True, high=1)
+    add("--alpha", type=alpha, default=CIFAR_SETTINGS["alpha"], help="fire at alpha*Vth")
+    add("--train_Vth", type=int, choices=(0, 1), default=1, help="1: thresholds are trained; 0: fixed")
+    add("--Vth_bound", type=positive, default=CIFAR_SETTINGS["Vth_bound"], help="thresholds stay above this")
+    add(
+        "--rate_stat",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1, with --evaluate: print and save firing rates",
+    )
+    add("--epochs", type=count, default=200)
+    add("--start-epoch", type=natural, default=0, help="epoch to start from without --resume")
+    add("--train-batch", type=count, default=128)
+    add("--test-batch", type=count, default=50)
+    add("--lr", "--learning-rate", type=positive, default=lr, help="initial learning rate; cosine to 0")
+    add("--warmup", type=natural, default=400, help="iterations of linear warm-up")
+    add("--momentum", type=non_negative, default=0.9)
+    add("--nesterov", action="store_true")
+    add("--weight-decay", "--wd", type=non_negative, default=5e-4)
+    add("--optimizer", type=str.lower, choices=("sgd", "adam"), default="SGD", help="SGD or adam")
+    add("-c", "--checkpoint", default="./checkpoint", help="files go to <checkpoint>/<dataset>/")
+    add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
+    add("--manualSeed", type=natural, help="seed of everything random; drawn and recorded if not given")
+    add("-e", "--evaluate", action="store_true", help="only test the model (of --resume)")
+    add("--pin_memory", action="store_true", help="load batches into page-locked memory (GPU)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--backward", choices=("unrolled",), default="unrolled", help="how the gradient is computed")
+    return parser
+
+
+def main(argv, description, lr):
+    """Train or evaluate as the flags say. Raises UserError for what the user can mend."""
+    args = get_parser(description, lr).parse(argv)
+    device = choose_device(args.device)
+    if "/" in args.name or "\\" in args.name:
+        raise UserError(f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
+    if args.Vth < args.Vth_bound:
+        raise UserError(
+            f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise the one or lower the other"
+        )
+    if args.nesterov and not args.momentum:
+        raise UserError("--nesterov needs a --momentum above 0")
+    files = RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
+    resumed, source = checkpoint.resume(args.resume, files)
+    earlier = resumed.get("args", {}) if resumed else {}
+    if args.manualSeed is None:
+        args.manualSeed = earlier.get("manualSeed") or random.randint(1, 10000)
+    args.started = earlier.get("started") if resumed else datetime.now().isoformat(timespec="microseconds")
+
+    torch.manual_seed(args.manualSeed)
+    torch.backends.cudnn.benchmark = True
+    data = load_data(args.dataset, args.path)
+    print(f"data: {args.dataset}, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
+    model = build_model(args, data.classes).to(device)
+    loading = dict(workers=args.workers, pin_memory=args.pin_memory)
+    test = test_loader(data.test, batch_size=args.test_batch, **loading)
+    if resumed:
+        checkpoint.load_weights(model, resumed["state_dict"], source)
+        print(f"resumed from {source}: {resumed['epoch']} epochs, best top-1 {resumed['best_acc']:.2f} %")
+    if args.evaluate:
+        report(model, test, device, files.firing_rates if args.rate_stat else None)
+        return
+
+    train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
+    if (len(data.train) % args.train_batch or args.train_batch) * model.timesteps == 1:
+        raise UserError(
+            "batch norm cannot work on a batch of one image at one time step; change --train-batch"
+        )
+    recipe = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov)
+    optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
+    if resumed and "optimizer" in resumed:
+        load_optimizer(optimizer, resumed["optimizer"], source)
+    fit(model, optimizer, train, test, args, files, resumed, device)
+    for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
+        print(f"{what + ':':12}{getattr(files, what)}")
+
+
+def build_model(args, classes):
+    names = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound", "backward")
+    settings = {name: getattr(args, name) for name in names}
+    try:
+        return create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def report(model, loader, device, firing_rate_file):
+    """Print loss and accuracy on the test set; with a file to save them to, the firing rates as well."""
+    result, rates = evaluate(model, loader, device)
+    print(f"test: loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %")
+    if firing_rate_file is None:
+        return
+    if not rates:
+        raise UserError("--rate_stat 1: an ANN has no firing rates; evaluate an _if or _lif model")
+    for layer, rate in rates.items():
+        print(f"{layer:20} {100 * rate:6.2f} %")
+    firing_rate_file.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(rates, firing_rate_file)
+    print(f"firing rates: {firing_rate_file}")

@@ -1,0 +1,76 @@
+"""The method in four pure functions and one gradient rule (Meng et al., CVPR 2022, sections 3 and 4).
+
+Sequences have time first: shape (T, B, ...). Potentials and thresholds share the unit of the input current.
+"""
+
+import math
+
+import torch
+
+
+def integrate_and_fire(currents, Vth, alpha):
+    """IF: U = V + x_t; fire where U >= alpha*Vth; V = U - Vth*s. Returns Vth*s, (T, B, ...)."""
+    spikes = torch.empty_like(currents)
+    potential = torch.zeros_like(currents[0])
+    firing_point = alpha * Vth
+    for current, spike in zip(currents, spikes):
+        potential += current
+        torch.mul(potential >= firing_point, Vth, out=spike)
+        potential -= spike
+    return spikes
+
+
+def leaky_integrate_and_fire(currents, Vth, alpha, tau, delta_t):
+    """LIF: U = lam*V + (1-lam)*x_t with lam = exp(-delta_t/tau); fire where U >= alpha*Vth; V = U - Vth*s
+
+    Returns Vth*s/delta_t, shape (T, B, ...); `tau` and `delta_t` are times in one unit.
+    """
+    lam = math.exp(-delta_t / tau)
+    spikes = torch.empty_like(currents)
+    potential = torch.zeros_like(currents[0])
+    firing_point, amplitude = alpha * Vth, Vth / delta_t
+    for current, spike in zip(currents, spikes):
+        potential.mul_(lam).add_(current, alpha=1 - lam)
+        fired = potential >= firing_point
+        potential -= fired * Vth
+        torch.mul(fired, amplitude, out=spike)
+    return spikes
+
+
+def rate(sequence):
+    """The representation of an IF layer: mean over time. (T, B, ...) -> (B, ...)."""
+    return sequence.mean(0)
+
+
+def weighted_rate(sequence, tau, delta_t):
+    """The representation of a LIF layer: sum w_t y_t / sum w_t, w_t = exp(-(T-t)*delta_t/tau), t = 1..T."""
+    weights = [math.exp(-age * delta_t / tau) for age in reversed(range(len(sequence)))]
+    total = math.fsum(weights)
+    representation = sequence[0] * (weights[0] / total)
+    for weight, step in zip(weights[1:], sequence[1:]):
+        representation = representation.add(step, alpha=weight / total)
+    return representation
+
+
+class DSR(torch.autograd.Function):
+    """Spikes in the forward pass, the derivative of the map on representations in the backward (section 4).
+
+    currents (T, B, ...) -> spikes (T, B, ...) by `neuron.fire`. With r the representation of the currents, G
+    that of the incoming gradient, every step of the currents receives `neuron.gain` * G where the clamp
+    passes r, else 0, and Vth receives `neuron.Vth_gain` * sum of G over the elements whose r lies above the
+    clamp.
+    """
+
+    @staticmethod
+    def forward(ctx, currents, Vth, neuron):
+        ctx.neuron = neuron
+        ctx.save_for_backward(*neuron.clamp_zones(neuron.representation(currents)))
+        return neuron.fire(currents)
+
+    @staticmethod
+    def backward(ctx, grad_spikes):
+        neuron, (inside, above) = ctx.neuron, ctx.saved_tensors
+        grad = neuron.representation(grad_spikes)
+        grad_currents = (grad * inside * neuron.gain).expand_as(grad_spikes)
+        grad_Vth = neuron.Vth_gain * (grad * above).sum() if ctx.needs_input_grad[1] else None
+        return grad_currents, grad_Vth, None

@@ -1,0 +1,85 @@
+"""Networks by their published names: `create_model("preresnet.resnet18_lif", num_classes=10)`."""
+
+from functools import partial
+
+from models.neurons import IFNeuron, LIFNeuron, ReLU
+from models.preresnet import BasicBlock, Bottleneck, PreActResNet
+from models.vgg import STAGES, VGG
+
+# The settings that the program of a network starts from.
+CIFAR_SETTINGS = dict(
+    num_classes=10, timesteps=20, Vth=0.3, tau=1.0, delta_t=0.05, alpha=0.3, Vth_bound=0.0005
+)
+
+WIDE = {
+    "resnet18": partial(PreActResNet, BasicBlock, [2, 2, 2, 2], [64, 128, 256, 512]),
+    "resnet34": partial(PreActResNet, BasicBlock, [3, 4, 6, 3], [64, 128, 256, 512]),
+    "resnet50": partial(PreActResNet, Bottleneck, [3, 4, 6, 3], [64, 128, 256, 512]),
+}
+NARROW = {
+    f"resnet{depth}": partial(PreActResNet, BasicBlock, [(depth - 2) // 6] * 3, [16, 32, 64])
+    for depth in (20, 32, 44, 56, 110)
+}
+EVENT = {f"vgg{depth}": partial(VGG, depth) for depth in STAGES}
+
+# name -> (network, kind of its activations)
+NETWORKS = {
+    **{
+        f"preresnet.{n}_{kind}": (net, kind)
+        for n, net in (WIDE | NARROW).items()
+        for kind in ("if", "lif", "ann")
+    },
+    **{f"vgg.{n}_{kind}": (net, kind) for n, net in EVENT.items() for kind in ("if", "lif")},
+}
+
+
+def list_models():
+    """The names that `create_model` knows, sorted."""
+    return sorted(NETWORKS)
+
+
+def create_model(
+    name,
+    *,
+    num_classes=None,
+    timesteps=None,
+    Vth=None,
+    tau=None,
+    delta_t=None,
+    alpha=None,
+    Vth_bound=None,
+    train_Vth=True,
+    dropout=None,
+    Vth_grad_scale=None,
+    backward="unrolled",
+):
+    """The network `name` of `list_models()`: images (B, 3, H, W) or event frames (B, T, 2, H, W) to logits.
+
+    Every name takes every setting and ignores those that do not apply (an ANN all that concern neurons). None
+    stands for the default of the name's program; dropout: 0, VGG 0.1; Vth_grad_scale: 1. Raises ValueError
+    for an unknown name or backward pass, or for settings out of range.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"unknown model {name!r}; choose from: {', '.join(list_models())}")
+    if backward != "unrolled":
+        raise ValueError(f"unknown backward {backward!r}; choose from: unrolled")
+    network, kind = NETWORKS[name]
+    given = dict(timesteps=timesteps, Vth=Vth, tau=tau, delta_t=delta_t, alpha=alpha, Vth_bound=Vth_bound)
+    given = {key: value for key, value in dict(given, num_classes=num_classes).items() if value is not None}
+    settings = CIFAR_SETTINGS | given
+    classes = settings.pop("num_classes")
+    if dropout is None:
+        dropout = 0.1 if name.startswith("vgg.") else 0.0
+    settings.update(train_Vth=train_Vth, Vth_grad_scale=1.0 if Vth_grad_scale is None else Vth_grad_scale)
+    return network(activation=activation_factory(kind, settings), num_classes=classes, dropout=dropout)
+
+
+def activation_factory(kind, settings):
+    """A function that makes one activation: "if" and "lif" neuron layers with `settings`, "ann" a ReLU."""
+    if kind == "ann":
+        return ReLU
+    if kind == "lif":
+        return partial(LIFNeuron, **settings)
+    return partial(
+        IFNeuron, **{key: value for key, value in settings.items() if key not in ("tau", "delta_t")}
+    )

@@ -1,0 +1,1 @@
+"""What the programs share: data sets, training loop, schedule, checkpoints, records."""

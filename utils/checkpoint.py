@@ -1,0 +1,111 @@
+"""One checkpoint format, written whole or not at all, read without running code."""
+
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.cli import UserError
+
+
+def save(content, path):
+    """Write `content` to `path`: a reader finds the old file or the new one, never a part of one."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with draft.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot write {path} ({reason}); free some space, then go on with --resume auto"
+        ) from None
+
+
+def find(name, folder):
+    """The file called `name` in `folder`, else at the path `name`."""
+    for path in (Path(folder, name), Path(name)):
+        if path.is_file():
+            return path
+    raise UserError(f"no file {name}, neither in {folder} nor as a path")
+
+
+def load(path):
+    """The checkpoint in `path`, on the CPU; raises UserError unless it is a whole one."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load reads flipped bits without a word
+                if archive.testzip() is not None:
+                    raise ValueError("checksum error")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}); give another file") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{path} is not a checkpoint: it holds no state_dict; give another file")
+    return content
+
+
+def resume(name, files):
+    """The checkpoint that `--resume NAME` asks for and where it lay; (None, None) for a fresh start.
+
+    NAME is a file, in the folder of `files` or a path, or `auto`: the newest whole checkpoint of this run, if
+    any.
+    """
+    if name == "auto":
+        for path in filter(Path.is_file, (files.checkpoint, files.best)):
+            try:
+                content = load_run(path)
+            except UserError as error:
+                print(f"warning: {error}", file=sys.stderr)
+                continue
+            if content.get("args", {}).get("started") == started(files.arguments):
+                return content, path
+        print("no checkpoint of this run yet: starting afresh")
+        return None, None
+    path = find(name, files.folder) if name else None
+    return (load_run(path), path) if path else (None, None)
+
+
+def started(arguments_file):
+    """When the run began that wrote these arguments: tells its checkpoints from those of an earlier run."""
+    try:
+        return json.loads(arguments_file.read_text()).get("started")
+    except (OSError, ValueError):
+        return None
+
+
+def load_run(path):
+    """The checkpoint in `path`, which must say how far its run had come."""
+    content = load(path)
+    try:
+        content["epoch"], content["best_acc"] = int(content["epoch"]), float(content["best_acc"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} lacks epoch or best_acc, so no run can go on from it; give another file"
+        ) from None
+    return content
+
+
+def load_weights(model, state_dict, path):
+    """Copy published or own weights, keys with or without `module.`, into `model`; refuse misfits."""
+    given = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    own = model.state_dict()
+    wrong = [
+        f"{key} is {list(getattr(given[key], 'shape', '?'))} instead of {list(own[key].shape)}"
+        for key in given.keys() & own.keys()
+        if getattr(given[key], "shape", None) != own[key].shape
+    ]
+    if not wrong:
+        missing, unexpected = model.load_state_dict(given, strict=False)
+        wrong = [f"{key} is missing" for key in missing] + [f"{key} is unknown" for key in unexpected]
+    if wrong:
+        wrong = sorted(wrong)
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path} does not fit this model and number of classes: {', '.join(wrong[:3])}{more}")

@@ -1,0 +1,87 @@
+"""The command line that the programs share: errors in one line, checked numbers, presets, the device."""
+
+import argparse
+import json
+import math
+import sys
+
+import torch
+
+
+class UserError(Exception):
+    """Something that the user can mend. The text is one line: what is wrong and what to do."""
+
+    def __str__(self):
+        # A data loader's worker wraps the text of its exception into a traceback, of which the last line
+        # counts.
+        return super().__str__().strip().splitlines()[-1].removeprefix("utils.cli.UserError: ")
+
+
+def run_program(main, argv=None):
+    """Call `main(argv)`; a UserError or Ctrl-C ends the program with one line and a non-zero exit status."""
+    try:
+        main(argv)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with presets, whose complaints are one line."""
+
+    def __init__(self, presets, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        self.presets = presets
+        self.add_argument("--preset", help="named set of defaults: " + ", ".join(presets))
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+    def parse(self, argv=None):
+        """Command line before preset before default."""
+        name = self.parse_known_args(argv)[0].preset
+        if name is not None and name not in self.presets:
+            raise UserError(f"unknown preset {name!r}; choose from: {', '.join(self.presets)}")
+        self.set_defaults(**self.presets.get(name, {}))
+        return self.parse_args(argv)
+
+
+def number(kind, low, *, open_low=False, high=math.inf):
+    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
+    bound = f"{'above' if open_low else 'at least'} {low}" + (
+        f" and at most {high}" if high < math.inf else ""
+    )
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {noun} {bound}, not {text!r}")
+        return value
+
+    return parse
+
+
+def choose_device(text):
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise UserError(f"unknown --device {text!r}; choose from: auto, cpu, cuda, cuda:N")
+    found = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(index or 0) >= found:
+        raise UserError(f"--device {text}: this machine has {found} CUDA devices; use --device cpu or auto")
+    return torch.device(text)
+
+
+def save_arguments(args, path):
+    """Write the resolved arguments beside the run, whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
+    draft.replace(path)

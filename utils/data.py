@@ -1,0 +1,162 @@
+"""Image data sets. Every random choice about a sample is a function of (seed, epoch, sample index) alone."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import datasets, transforms
+from torchvision.datasets.folder import default_loader
+
+from utils.cli import UserError
+
+NORMALIZE = {
+    "cifar10": transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": transforms.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "digits": transforms.Normalize((0.305,) * 3, (0.376,) * 3),
+}
+
+
+class Data(NamedTuple):
+    """A training and a test set of (image tensor, label), and the number of classes."""
+
+    train: Dataset
+    test: Dataset
+    classes: int
+
+
+def load_data(name, path):
+    """The data set called `name`, below `path`; raises UserError if it is not there or not whole."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}; choose from: {', '.join(DATASETS)}")
+    return DATASETS[name](Path(path))
+
+
+def cifar(path, dataset):
+    name = dataset.__name__.lower()
+    crop, to_tensor = transforms.RandomCrop(32, padding=4), transforms.ToTensor()
+    augment = [crop, transforms.RandomHorizontalFlip(), to_tensor, NORMALIZE[name]]
+    try:
+        train = dataset(path, train=True, download=True, transform=transforms.Compose(augment))
+        test = dataset(path, train=False, transform=transforms.Compose([to_tensor, NORMALIZE[name]]))
+    except (OSError, RuntimeError) as error:  # no network, a broken download, a path that cannot be written
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"no {name} in {path} and no download ({reason}); put {dataset.filename} there"
+        ) from None
+    return Data(train, test, len(train.classes))
+
+
+def imagefolder(path):
+    """<path>/train/<class>/* and <path>/test/<class>/* (or val/), at any size: resized to 32x32."""
+    held_out = path / "test" if (path / "test").is_dir() or not (path / "val").is_dir() else path / "val"
+    finish = [transforms.ToTensor(), NORMALIZE["cifar10"]]
+    resize = transforms.Resize((32, 32))
+    augment = [resize, transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *finish]
+    train, test = read_folder(path / "train", augment), read_folder(held_out, [resize, *finish])
+    if train.classes != test.classes:
+        differing = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
+        raise UserError(
+            f"{train.root} and {test.root} must hold the same class folders; they differ in: {differing}"
+        )
+    return Data(train, test, len(train.classes))
+
+
+def read_folder(folder, steps):
+    try:
+        return datasets.ImageFolder(folder, transforms.Compose(steps), loader=read_image)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"no images in {folder} ({reason}); expected are folders <class>/<image files>"
+        ) from None
+
+
+def read_image(path):
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from None
+
+
+class Digits(Dataset):
+    """Handwritten digits, 8x8 and gray, as 32x32 RGB images."""
+
+    def __init__(self, images, labels, steps):
+        gray = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in images]
+        self.images = [image.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in gray]
+        self.labels, self.transform = labels.tolist(), transforms.Compose(steps)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def digits(path):
+    """scikit-learn's 1,797 handwritten digits, a fifth of each class held out; `path` is not needed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8)
+    split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    train_images, test_images, train_labels, test_labels = split
+    finish = [transforms.ToTensor(), NORMALIZE["digits"]]
+    augment = [
+        transforms.RandomCrop(32, padding=4),
+        *finish,
+    ]  # a mirrored digit is another character: no flip
+    return Data(Digits(train_images, train_labels, augment), Digits(test_images, test_labels, finish), 10)
+
+
+DATASETS = {
+    "cifar10": lambda path: cifar(path, datasets.CIFAR10),
+    "cifar100": lambda path: cifar(path, datasets.CIFAR100),
+    "imagefolder": imagefolder,
+    "digits": digits,
+}
+
+
+def mix_seed(*numbers):
+    """One 64-bit seed from several non-negative whole numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class EpochSampler(DistributedSampler):
+    """A DistributedSampler whose items (epoch, index) tell the data set in which epoch it is asked."""
+
+    def __iter__(self):
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class SeededDataset(Dataset):
+    """Draws the augmentation of a sample from (seed, epoch, index): the same in any worker or resumed run."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix_seed(self.seed, *item))
+            return self.dataset[item[1]]
+
+
+def train_loader(dataset, *, batch_size, workers, seed, pin_memory):
+    """Batches in an order drawn from (seed, epoch); `loader.sampler.set_epoch(epoch)` starts an epoch."""
+    # The sampler adds epoch to its seed: far apart seeds keep runs with neighbouring seeds from sharing
+    # orders.
+    sampler = EpochSampler(dataset, num_replicas=1, rank=0, seed=mix_seed(seed) >> 1)
+    settings = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
+    return DataLoader(SeededDataset(dataset, seed), batch_size, sampler=sampler, **settings)
+
+
+def test_loader(dataset, *, batch_size, workers, pin_memory):
+    settings = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
+    return DataLoader(dataset, batch_size, **settings)

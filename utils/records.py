@@ -1,0 +1,98 @@
+"""What a run leaves behind: where its files lie, the log, the curves, TensorBoard."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws without a screen
+import matplotlib.pyplot as plt  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+
+from utils.cli import UserError  # noqa: E402
+
+HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
+
+
+class RunFiles:
+    """The files of a run: `<folder>/<stem>` and an ending."""
+
+    def __init__(self, folder, stem):
+        self.folder = Path(folder)
+        self.checkpoint = self.folder / f"{stem}.pth"
+        self.best = self.folder / f"{stem}_best.pth"
+        self.log = self.folder / f"{stem}.txt"
+        self.curves = self.folder / f"{stem}.pdf"
+        self.arguments = self.folder / f"{stem}.json"
+        self.firing_rates = self.folder / f"{stem}_firing_rate.dict"
+        self.tensorboard = self.folder / stem
+
+    def create(self):
+        """Make the folders, or raise UserError where nothing can be written."""
+        try:
+            self.tensorboard.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f"{self.checkpoint.name}.tmp"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.folder} ({error.strerror}); choose another --checkpoint"
+            ) from None
+
+
+class Recorder:
+    """Writes the log, the curves and TensorBoard's files of a run that starts or goes on at `first_epoch`."""
+
+    def __init__(self, files, first_epoch):
+        self.files = files
+        self.rows = []
+        if first_epoch == 0:
+            for old in files.tensorboard.glob("events.out.tfevents.*"):
+                old.unlink()
+        elif files.log.exists():
+            lines = files.log.read_text().splitlines()[1 : first_epoch + 1]
+            self.rows = [[float(field) for field in line.split("\t")] for line in lines]
+        self.write_log()
+        self.tensorboard = SummaryWriter(files.tensorboard, purge_step=first_epoch)
+
+    def write_log(self):
+        rows = ["\t".join(f"{value:.6f}" for value in row) + "\n" for row in self.rows]
+        self.files.log.write_text(HEADER + "".join(rows))
+
+    def epoch(self, epoch, *, lr, train, test, thresholds, firing_rates):
+        """Add an epoch: `train` and `test` as returned by the training loop, the others layer -> value."""
+        self.rows.append([lr, train.loss, test.loss, train.top1, test.top1])
+        self.write_log()
+        draw_curves(self.rows, self.files.curves)
+        scalars = {"learning rate": lr, "images per second": train.images_per_second}
+        for split, result in (("train", train), ("test", test)):
+            scalars |= {
+                f"loss/{split}": result.loss,
+                f"top-1/{split}": result.top1,
+                f"top-5/{split}": result.top5,
+            }
+        scalars |= {f"Vth/{layer}": value for layer, value in thresholds.items()}
+        scalars |= {f"firing rate/{layer}": value for layer, value in firing_rates.items()}
+        for name, value in scalars.items():
+            self.tensorboard.add_scalar(name, value, epoch)
+        self.tensorboard.flush()
+
+
+def draw_curves(rows, path):
+    """Loss and accuracy of every epoch so far, as a PDF."""
+    _, train_loss, test_loss, train_accuracy, test_accuracy = zip(*rows)
+    epochs = range(1, len(rows) + 1)
+    marker = "o" if len(rows) < 20 else None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, train, test, label in (
+        (left, train_loss, test_loss, "cross entropy"),
+        (right, train_accuracy, test_accuracy, "top-1 accuracy (%)"),
+    ):
+        axes.plot(epochs, train, marker=marker, label="training")
+        axes.plot(epochs, test, marker=marker, label="test")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(path.stem)
+    figure.savefig(path)
+    plt.close(figure)

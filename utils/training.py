@@ -1,0 +1,156 @@
+"""The training loop of every program."""
+
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from utils import checkpoint
+from utils.cli import UserError, save_arguments
+from utils.data import mix_seed
+from utils.records import Recorder
+from utils.schedule import cosine, warmup_cosine
+from utils.statistics import count_spikes, firing_rates, thresholds
+
+
+@dataclass
+class Result:
+    """Means over the samples of a pass: cross entropy, accuracies in percent; and its speed."""
+
+    loss: float
+    top1: float
+    top5: float
+    images_per_second: float
+
+
+class Metrics:
+    """Sums of loss and hits, kept on the device so that a step does not wait for the host."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.start = time.perf_counter()
+
+    def add(self, loss, logits, labels):
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        n = len(labels)
+        batch = [loss.detach() * n, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(n)]
+        self.sums += torch.stack([value.double() for value in batch])
+
+    def result(self):
+        loss, top1, top5, n = self.sums.tolist()
+        return Result(loss / n, 100 * top1 / n, 100 * top5 / n, n / (time.perf_counter() - self.start))
+
+
+def batches(loader, device, title):
+    """(bar, images, labels), the latter on the device; the progress bar is quiet unless on a terminal."""
+    with tqdm(total=len(loader.sampler), desc=title, unit="img", disable=None, leave=False) as bar:
+        for images, labels in loader:
+            yield bar, images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def show(bar, metrics, n):
+    if bar.update(n):  # true when the bar is redrawn: only then are the sums fetched
+        result = metrics.result()
+        bar.set_postfix_str(
+            f"loss {result.loss:.3f}, top-1 {result.top1:.2f}, top-5 {result.top5:.2f}", refresh=False
+        )
+
+
+def train_epoch(model, loader, optimizer, schedule, device, title):
+    """One pass over the training set, one optimizer and schedule step a batch. -> Result"""
+    model.train()
+    metrics = Metrics(device)
+    for bar, images, labels in batches(loader, device, title):
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if schedule.last_epoch == 0:
+            warn_if_silent(model)
+        optimizer.step()
+        schedule.step()
+        metrics.add(loss, logits, labels)
+        show(bar, metrics, len(labels))
+    return metrics.result()
+
+
+@torch.no_grad()
+def evaluate(model, loader, device):
+    """One pass over the test set, without gradients. -> Result, layer -> firing rate"""
+    model.eval()
+    metrics = Metrics(device)
+    with count_spikes(model) as counts:
+        for bar, images, labels in batches(loader, device, "test"):
+            logits = model(images)
+            metrics.add(F.cross_entropy(logits, labels), logits, labels)
+            show(bar, metrics, len(labels))
+    return metrics.result(), firing_rates(counts)
+
+
+def warn_if_silent(model):
+    """A network in which no spike gets through learns nothing, and nothing else would tell."""
+    first = next(parameter for parameter in model.parameters() if parameter.dim() > 1)
+    if not first.grad.any():
+        hint = "lower --Vth or --alpha, or raise --timesteps, --delta_t or --train-batch"
+        print(
+            f"warning: the gradient of the first batch is exactly zero at the first layer; {hint}",
+            file=sys.stderr,
+        )
+
+
+def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=False):
+    """ "sgd" or "adam"; thresholds get the learning rate and weight decay of the weights."""
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+def load_optimizer(optimizer, state, path):
+    """Take over the state of a checkpoint's optimizer, but not its learning rate; refuse another kind's."""
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    try:
+        if state["param_groups"][0].keys().isdisjoint(settings.keys() & {"momentum", "betas"}):
+            raise ValueError("it belongs to another --optimizer")
+        optimizer.load_state_dict(state)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the optimizer state in {path} does not fit: {error}") from None
+    for group in optimizer.param_groups:
+        group.update(settings)
+
+
+def fit(model, optimizer, train_loader, test_loader, args, files, resumed, device):
+    """Train from `resumed` (a checkpoint or None) to the last epoch; log, draw and save after each."""
+    first_epoch = resumed["epoch"] if resumed else args.start_epoch
+    best_acc = resumed["best_acc"] if resumed else 0.0
+    files.create()
+    save_arguments(args, files.arguments)
+    recorder = Recorder(files, first_epoch)
+    steps = len(train_loader)
+    curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
+    schedule = warmup_cosine(optimizer, **curve, first_step=first_epoch * steps)
+    for epoch in range(first_epoch, args.epochs):
+        torch.manual_seed(mix_seed(args.manualSeed, epoch))  # dropout too goes by (seed, epoch)
+        train_loader.sampler.set_epoch(epoch)
+        train = train_epoch(
+            model, train_loader, optimizer, schedule, device, f"epoch {epoch + 1}/{args.epochs}"
+        )
+        test, rates = evaluate(model, test_loader, device)
+        best = test.top1 > best_acc
+        best_acc = max(best_acc, test.top1)
+        state = dict(epoch=epoch + 1, state_dict=model.state_dict(), acc=test.top1, best_acc=best_acc)
+        state |= dict(optimizer=optimizer.state_dict(), args=vars(args))
+        lr = args.lr * cosine(epoch, args.epochs)
+        recorder.epoch(epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates)
+        checkpoint.save(state, files.checkpoint)
+        if best:
+            checkpoint.save(state, files.best)
+        print(
+            f"epoch {epoch + 1}/{args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
+            f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {best_acc:.2f}); "
+            f"{train.images_per_second:.0f} images/s",
+            flush=True,
+        )
+    return best_acc
