@@ -91,7 +91,7 @@ def main(argv, description, lr):
         raise UserError("--nesterov needs a --momentum above 0")
     files = RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
     resumed, source = checkpoint.resume(args.resume, files)
-    earlier = resumed.get("args", {}) if resumed else {}
+    earlier = resumed["args"] if resumed else {}
     if args.manualSeed is None:
         args.manualSeed = earlier.get("manualSeed") or random.randint(1, 10000)
     args.started = earlier.get("started") if resumed else datetime.now().isoformat(timespec="microseconds")
@@ -101,7 +101,7 @@ def main(argv, description, lr):
     data = load_data(args.dataset, args.path)
     print(f"data: {args.dataset}, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
     model = build_model(args, data.classes).to(device)
-    loading = dict(workers=args.workers, pin_memory=args.pin_memory)
+    loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
     test = test_loader(data.test, batch_size=args.test_batch, **loading)
     if resumed:
         checkpoint.load_weights(model, resumed["state_dict"], source)
@@ -121,7 +121,7 @@ def main(argv, description, lr):
         load_optimizer(optimizer, resumed["optimizer"], source)
     fit(model, optimizer, train, test, args, files, resumed, device)
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
-        print(f"{what + ':':12}{getattr(files, what)}")
+        print(f"{what + ':':13}{getattr(files, what)}")
 
 
 def build_model(args, classes):

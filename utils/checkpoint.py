@@ -47,7 +47,8 @@ def load(path):
     except Exception as error:  # a damaged or foreign file can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}); give another file") from None
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError(f"{path} is not a checkpoint: it holds no state_dict; give another file")
     return content
 
@@ -65,7 +66,7 @@ def resume(name, files):
             except UserError as error:
                 print(f"warning: {error}", file=sys.stderr)
                 continue
-            if content.get("args", {}).get("started") == started(files.arguments):
+            if content["args"].get("started") == started(files.arguments):
                 return content, path
         print("no checkpoint of this run yet: starting afresh")
         return None, None
@@ -86,10 +87,14 @@ def load_run(path):
     content = load(path)
     try:
         content["epoch"], content["best_acc"] = int(content["epoch"]), float(content["best_acc"])
+        if content["epoch"] < 0:
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"{path} lacks epoch or best_acc, so no run can go on from it; give another file"
         ) from None
+    if not isinstance(content.get("args"), dict):  # an official one holds no arguments
+        content["args"] = {}
     return content
 
 

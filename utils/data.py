@@ -28,9 +28,7 @@ class Data(NamedTuple):
 
 
 def load_data(name, path):
-    """The data set called `name`, below `path`; raises UserError if it is not there or not whole."""
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}; choose from: {', '.join(DATASETS)}")
+    """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole."""
     return DATASETS[name](Path(path))
 
 

@@ -49,8 +49,7 @@ class Recorder:
             for old in files.tensorboard.glob("events.out.tfevents.*"):
                 old.unlink()
         elif files.log.exists():
-            lines = files.log.read_text().splitlines()[1 : first_epoch + 1]
-            self.rows = [[float(field) for field in line.split("\t")] for line in lines]
+            self.rows = read_log(files.log)[:first_epoch]
         self.write_log()
         self.tensorboard = SummaryWriter(files.tensorboard, purge_step=first_epoch)
 
@@ -75,6 +74,17 @@ class Recorder:
         for name, value in scalars.items():
             self.tensorboard.add_scalar(name, value, epoch)
         self.tensorboard.flush()
+
+
+def read_log(path):
+    """The rows of a log: [learning rate, training loss, test loss, training accuracy, test accuracy]."""
+    try:
+        rows = [[float(field) for field in line.split()] for line in path.read_text().splitlines()[1:]]
+        if any(len(row) != 5 for row in rows):
+            raise ValueError("a row without 5 numbers")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the log {path} is damaged ({error}); mend it or move it away") from None
+    return rows
 
 
 def draw_curves(rows, path):

@@ -30,18 +30,19 @@ class Metrics:
     """Sums of loss and hits, kept on the device so that a step does not wait for the host."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.n = 0
         self.start = time.perf_counter()
 
     def add(self, loss, logits, labels):
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        n = len(labels)
-        batch = [loss.detach() * n, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(n)]
+        batch = [loss.detach() * len(labels), ranked[:, 0].sum(), ranked.sum()]
         self.sums += torch.stack([value.double() for value in batch])
+        self.n += len(labels)
 
     def result(self):
-        loss, top1, top5, n = self.sums.tolist()
-        return Result(loss / n, 100 * top1 / n, 100 * top5 / n, n / (time.perf_counter() - self.start))
+        loss, top1, top5 = (self.sums / self.n).tolist()
+        return Result(loss, 100 * top1, 100 * top5, self.n / (time.perf_counter() - self.start))
 
 
 def batches(loader, device, title):
@@ -124,7 +125,10 @@ def load_optimizer(optimizer, state, path):
 def fit(model, optimizer, train_loader, test_loader, args, files, resumed, device):
     """Train from `resumed` (a checkpoint or None) to the last epoch; log, draw and save after each."""
     first_epoch = resumed["epoch"] if resumed else args.start_epoch
-    best_acc = resumed["best_acc"] if resumed else 0.0
+    best_acc = resumed["best_acc"] if resumed else -1.0  # so that the first epoch is a best one
+    if first_epoch >= args.epochs:
+        print(f"nothing left to train: {first_epoch} of {args.epochs} epochs are done")
+        return
     files.create()
     save_arguments(args, files.arguments)
     recorder = Recorder(files, first_epoch)
@@ -144,13 +148,12 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, devic
         state |= dict(optimizer=optimizer.state_dict(), args=vars(args))
         lr = args.lr * cosine(epoch, args.epochs)
         recorder.epoch(epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates)
-        checkpoint.save(state, files.checkpoint)
-        if best:
+        if best:  # first, so that a run killed between the two writes its best again when it is resumed
             checkpoint.save(state, files.best)
+        checkpoint.save(state, files.checkpoint)
         print(
             f"epoch {epoch + 1}/{args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
             f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {best_acc:.2f}); "
             f"{train.images_per_second:.0f} images/s",
             flush=True,
         )
-    return best_acc

@@ -1,0 +1,323 @@
+"""The CIFAR program as a user meets it: files, resuming, repeatability, and one line for every mistake."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+import utils.training
+from cifar.presets import PRESETS
+from cifar.program import get_parser, main
+from models import create_model
+from utils.cli import run_program
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--model preresnet.resnet20_lif --timesteps 2 --Vth 0.3 --alpha 0.3 --delta_t 0.2"
+SMALL += " --train-batch 4 --warmup 2"
+STEM = "preresnet.resnet20_lif"
+
+
+def start(argv):
+    run_program(lambda argv: main(argv, "test", lr=0.1), argv)
+
+
+@pytest.fixture
+def small(images, tmp_path):
+    """Run the program on a few images with a small network; -> the folder of the run's files."""
+
+    def run(flags="", seed=1, out="out"):
+        fixed = (
+            f"--dataset imagefolder --path {images} --checkpoint {tmp_path / out} --manualSeed {seed} {SMALL}"
+        )
+        start(shlex.split(f"{fixed} --epochs 2 --workers 0 --device cpu {flags}"))
+        return tmp_path / out / "imagefolder"
+
+    return run
+
+
+def weights(folder, file=f"{STEM}.pth"):
+    return torch.load(folder / file, weights_only=True)["state_dict"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_leaves_the_published_files(small, capsys):
+    folder = small("--name _a")
+    stem = STEM + "_a"
+    expected = {f"{stem}{ending}" for ending in (".pth", "_best.pth", ".txt", ".pdf", ".json", "")}
+    assert {path.name for path in folder.iterdir()} == expected
+    header, *rows = (folder / f"{stem}.txt").read_text().split("\n")
+    assert header == "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc."
+    assert len(rows) == 3 and rows[2] == ""  # every line ends in a newline
+    for row, lr in zip(rows, ("0.100000", "0.050000")):  # the cosine's value, warm-up apart
+        assert re.fullmatch(lr + r"(\t\d+\.\d{6}){4}", row)
+    saved = torch.load(folder / f"{stem}.pth", weights_only=True)
+    assert saved.keys() >= {"epoch", "state_dict", "acc", "best_acc", "optimizer"}
+    assert saved["epoch"] == 2 and saved["best_acc"] >= saved["acc"]
+    assert float(rows[1].split("\t")[4]) == pytest.approx(saved["acc"], abs=1e-6)
+    assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+    assert json.loads((folder / f"{stem}.json").read_text())["Vth"] == 0.3
+    printed = capsys.readouterr().out
+    assert "data: imagefolder, 10 training, 6 test, 2 classes" in printed
+    assert all(str(folder / name) in printed for name in expected)
+
+
+def test_tensorboard_holds_curves_thresholds_and_firing_rates(small):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = small()
+    events = EventAccumulator(str(folder / STEM))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags > {"loss/train", "loss/test", "top-1/train", "top-1/test", "top-5/test", "learning rate"}
+    assert tags > {"images per second", "Vth/layer1[0].relu1", "firing rate/layer1[0].relu1", "Vth/relu3"}
+    assert (
+        len([tag for tag in tags if tag.startswith("Vth/")]) == 2 * 9 + 3
+    )  # nine blocks, and three at the end
+    assert [event.step for event in events.Scalars("loss/test")] == [0, 1]
+
+
+def test_same_seed_same_weights_whatever_the_workers(small):
+    first = weights(small(out="a"))
+    assert same(first, weights(small("--workers 2", out="b")))
+    assert not same(first, weights(small(seed=2, out="c")))
+
+
+def test_resume_auto_goes_on_as_if_nothing_had_happened(small, monkeypatch, capsys):
+    whole = small(out="whole")
+    train_epoch, calls = utils.training.train_epoch, []
+
+    def die_in_the_second_epoch(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    monkeypatch.setattr(utils.training, "train_epoch", die_in_the_second_epoch)
+    with pytest.raises(SystemExit) as end:
+        small("--resume auto", out="broken")  # nothing there yet: a fresh start
+    assert end.value.code == 130
+    monkeypatch.undo()
+    folder = small("--resume auto", out="broken")
+    assert same(weights(whole), weights(folder))
+    assert (folder / f"{STEM}.txt").read_text() == (whole / f"{STEM}.txt").read_text()
+    capsys.readouterr()
+    small("--resume auto", out="broken")
+    assert "nothing left to train: 2 of 2 epochs are done" in capsys.readouterr().out
+    assert (folder / f"{STEM}.txt").read_text() == (whole / f"{STEM}.txt").read_text()
+
+
+def test_resume_auto_ignores_the_checkpoint_of_an_overwritten_run(small, monkeypatch, capsys):
+    first = small()
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.training, "train_epoch", die)
+    with pytest.raises(SystemExit):
+        small()  # a start without --resume, killed before its first checkpoint
+    monkeypatch.undo()
+    small("--resume auto")
+    assert "starting afresh" in capsys.readouterr().out
+    assert len((first / f"{STEM}.txt").read_text().splitlines()) == 3
+
+
+def test_evaluate_counts_spikes_and_leaves_the_log_alone(small, capsys):
+    folder = small()
+    log = (folder / f"{STEM}.txt").read_text()
+    small(f"--evaluate --rate_stat 1 --resume {STEM}.pth")  # looked up in the run's folder
+    assert (folder / f"{STEM}.txt").read_text() == log
+    accuracy = float(log.splitlines()[-1].split("\t")[4])
+    printed = capsys.readouterr().out
+    assert f"top-1 {accuracy:.2f} %" in printed
+    rates = torch.load(folder / f"{STEM}_firing_rate.dict", weights_only=True)
+    assert {"relu1", "relu2", "relu3", "layer1[0].relu1", "layer3[2].relu2"} < rates.keys()
+    assert len(rates) == 21 and all(type(rate) is float and 0 <= rate <= 1 for rate in rates.values())
+    assert all(f"{layer:20} {100 * rate:6.2f} %" in printed for layer, rate in rates.items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_an_official_checkpoint_loads(prefix, small, tmp_path, capsys):
+    """The official format: none of our arguments, keys with or without `module.`, tensor figures."""
+    torch.manual_seed(5)
+    model = create_model(STEM, num_classes=2, timesteps=2)
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+    official = dict(epoch=1, state_dict=state, acc=torch.tensor(40.0), best_acc=torch.tensor(50.0))
+    torch.save(dict(official, optimizer=optimizer.state_dict()), tmp_path / "official.pth")
+    folder = small(f"--resume {tmp_path / 'official.pth'}")
+    assert "1 epochs, best top-1 50.00 %" in capsys.readouterr().out
+    assert torch.load(folder / f"{STEM}.pth", weights_only=True)["epoch"] == 2
+    assert len((folder / f"{STEM}.txt").read_text().splitlines()) == 2  # header and the epoch that was run
+
+
+def test_fixed_thresholds_keep_the_flags_value_over_a_checkpoint_without_them(small, tmp_path):
+    state = create_model(STEM, num_classes=2, timesteps=2).state_dict()
+    state = {key: value for key, value in state.items() if not key.endswith("Vth")}
+    torch.save(dict(epoch=1, state_dict=state, acc=0.0, best_acc=0.0), tmp_path / "fixed.pth")
+    trained = weights(small(f"--train_Vth 0 --Vth 0.7 --resume {tmp_path / 'fixed.pth'}"))
+    assert {round(value.item(), 6) for key, value in trained.items() if key.endswith("Vth")} == {0.7}
+
+
+@pytest.mark.parametrize(
+    "flags", ["--model preresnet.resnet20_ann", "--optimizer Adam --nesterov", "--nesterov"]
+)
+def test_other_ways_to_train(flags, small):
+    folder = small(flags + " --epochs 1")
+    rows = next(folder.glob("*.txt")).read_text().splitlines()
+    assert len(rows) == 2 and np.isfinite([float(field) for field in rows[1].split()]).all()
+
+
+def test_silent_network_is_reported(small, capsys):
+    small("--epochs 1 --Vth 500")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "gradient" in warnings[0] and "--Vth" in warnings[0]
+
+
+MISTAKES = {
+    "--model resnet18": "preresnet.resnet18_lif",
+    "--dataset mnist": "imagefolder",
+    "--preset fast": "quickstart",
+    "--optimizer rmsprop": "sgd",
+    "--timesteps 0": "--timesteps",
+    "--Vth 0": "--Vth",
+    "--Vth nan": "--Vth",
+    "--alpha 1.5": "--alpha",
+    "--alpha 0": "--alpha",
+    "--tau 0": "--tau",
+    "--delta_t -1": "--delta_t",
+    "--Vth 0.1 --Vth_bound 0.2": "--Vth_bound",
+    "--train-batch 0": "--train-batch",
+    "--test-batch -3": "--test-batch",
+    "--epochs 0": "--epochs",
+    "--workers -1": "--workers",
+    "--lr inf": "--lr",
+    "--nesterov --momentum 0": "--momentum",
+    "--path {tmp}/nowhere": "{tmp}/nowhere",
+    "--path {tmp}/empty": "{tmp}/empty",
+    "--path {tmp}/differing": "green",
+    "--path {tmp}/unreadable": "bad.png",
+    "--path {tmp}/unreadable --workers 1": "bad.png",
+    "--dataset cifar10": "cifar-10-python.tar.gz",
+    "--dataset cifar100": "cifar-100-python.tar.gz",
+    "--resume nothing.pth": "nothing.pth",
+    "--resume {tmp}/truncated.pth": "truncated.pth",
+    "--resume {tmp}/flipped.pth": "flipped.pth",
+    "--resume {tmp}/text.pth": "text.pth",
+    "--resume {tmp}/other.pth": "holds no state_dict",
+    "--resume {tmp}/deeper.pth": "layer1.3",
+    "--resume {tmp}/classes.pth": "bn2.bias is [5] instead of [2]",
+    "--checkpoint {tmp}/file/below": "--checkpoint",
+    "--name a/b": "--name",
+    "--device cuda": "--device",
+    "--device tpu": "--device",
+    "--model preresnet.resnet20_ann --train-batch 1": "--train-batch",
+    "--no-such-flag 1": "--no-such-flag",
+}
+
+
+def make_mistakes(images, tmp):
+    for name in ("empty", "differing", "unreadable"):
+        for split in ("train", "test"):
+            (tmp / name / split).mkdir(parents=True)
+    for name in ("differing", "unreadable"):
+        for path in images.glob("*/*/*.png"):
+            folder = tmp / name / path.parent.relative_to(images)
+            folder.mkdir(exist_ok=True)
+            (folder / path.name).write_bytes(path.read_bytes())
+    (tmp / "differing" / "test" / "red").rename(tmp / "differing" / "test" / "green")
+    (tmp / "unreadable" / "train" / "red" / "bad.png").write_bytes(b"not an image")
+    (tmp / "file").touch()
+    for name, model, classes in (("deeper", "preresnet.resnet32_lif", 2), ("classes", STEM, 5)):
+        state = create_model(model, num_classes=classes).state_dict()
+        torch.save(dict(epoch=1, state_dict=state, acc=1.0, best_acc=1.0), tmp / f"{name}.pth")
+    whole = bytearray((tmp / "classes.pth").read_bytes())
+    (tmp / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    whole[len(whole) // 2] ^= 1
+    (tmp / "flipped.pth").write_bytes(whole)
+    (tmp / "text.pth").write_text("hello")
+    torch.save({"weights": 1}, tmp / "other.pth")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_gets_one_line(flags, small, images, tmp_path, no_network, monkeypatch, capsys):
+    make_mistakes(images, tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    mended, named = (text.replace("{tmp}", str(tmp_path)) for text in (flags, MISTAKES[flags]))
+    with pytest.raises(SystemExit) as end:
+        small(mended)
+    message = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
+    assert end.value.code not in (0, None)
+    assert message.startswith("error: ") and len(message.strip().splitlines()) == 1 and named in message
+    left = [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".pth", ".tmp", ".dict")]
+    assert not left
+
+
+def published_commands():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return re.findall(
+        r"^(?:.*&& )?python (?:-u )?(cifar/main_single_gpu\.py .*?)(?: #.*)?$", text, re.MULTILINE
+    )
+
+
+def test_the_read_me_gives_the_published_commands():
+    commands = " | ".join(published_commands())
+    for flags in ("--model preresnet.resnet18_lif --timesteps 5 --lr 0.05 --Vth 0.6", "--dataset cifar100"):
+        assert flags in commands
+    assert len(published_commands()) >= 8
+
+
+@pytest.mark.parametrize("command", published_commands())
+def test_commands_of_the_read_me_are_understood(command):
+    script, *argv = shlex.split(command)
+    assert (ROOT / script).is_file()
+    args = get_parser("test", lr=0.1).parse(argv)
+    model = create_model(args.model, num_classes=10, timesteps=args.timesteps, Vth=args.Vth)
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_published_defaults():
+    args = vars(get_parser("test", lr=0.1).parse([]))
+    published = dict(dataset="cifar10", path="./data", workers=4, model="preresnet.resnet18_if", name="")
+    published |= dict(timesteps=20, Vth=0.3, tau=1.0, delta_t=0.05, alpha=0.3, train_Vth=1, Vth_bound=0.0005)
+    published |= dict(
+        rate_stat=0, epochs=200, start_epoch=0, train_batch=128, test_batch=50, lr=0.1, warmup=400
+    )
+    published |= dict(
+        momentum=0.9, nesterov=False, weight_decay=5e-4, optimizer="sgd", checkpoint="./checkpoint"
+    )
+    published |= dict(resume="", manualSeed=None, evaluate=False, pin_memory=False)
+    assert {key: args[key] for key in published} == published
+
+
+def test_command_line_before_preset_before_default():
+    args = get_parser("test", lr=0.1).parse(["--preset", "quickstart", "--epochs", "3"])
+    assert (args.epochs, args.model, args.momentum) == (3, PRESETS["quickstart"]["model"], 0.9)
+
+
+def test_runs_by_path_from_anywhere(images, tmp_path):
+    """The published form: the script's path, no installation, any working directory."""
+    script = str(ROOT / "cifar" / "main_single_gpu.py")
+    flags = f"--dataset imagefolder --path images {SMALL} --epochs 1 --workers 1 --device cpu"
+    command = [sys.executable, "-u", script, *shlex.split(flags)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "checkpoint" / "imagefolder" / f"{STEM}_best.pth").is_file()
+    assert "epoch 1/1: loss" in ended.stdout and "\r" not in ended.stderr  # no progress bar off a terminal

@@ -1,0 +1,113 @@
+"""Networks by name: sizes from the literature, settings, official checkpoints, which way the imports run."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models import create_model, list_models
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_published_name_is_there():
+    depths, kinds = (18, 20, 32, 34, 44, 50, 56, 110), ("if", "lif", "ann")
+    static = {f"preresnet.resnet{depth}_{kind}" for depth in depths for kind in kinds}
+    events = {f"vgg.vgg{depth}_{kind}" for depth in (11, 13, 16, 19) for kind in ("if", "lif")}
+    assert set(list_models()) == static | events
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_layers_in_depth(name):
+    """The number in the name counts the convolutions, but not the shortcuts', and the linear layer."""
+    model = create_model(name, timesteps=2, tau=2.0, train_Vth=False, dropout=0.2, Vth_grad_scale=0.5)
+    kinds = (nn.Conv2d, nn.Linear)
+    maps = [n for n, module in model.named_modules() if isinstance(module, kinds) and "shortcut" not in n]
+    depth = int(re.search(r"(\d+)_", name)[1])
+    # VGG-11 counts three fully connected layers, of which this network has one.
+    assert len(maps) == (depth if "resnet" in name else depth - 2)
+    assert not any(key.endswith("Vth") for key, _ in model.named_parameters())
+
+
+# He et al. 2016, table 6: 0.27, 0.46, 0.66, 0.85, 1.7 million parameters; wide ResNet-18 has 11.17 million.
+@pytest.mark.parametrize(
+    ("depth", "millions"),
+    [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.73), (18, 11.17), (34, 21.28)],
+)
+def test_number_of_parameters(depth, millions):
+    model = create_model(f"preresnet.resnet{depth}_ann")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01, rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["preresnet.resnet50_lif", "preresnet.resnet20_if"])
+def test_images_to_logits_and_a_gradient_everywhere(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=7, timesteps=3, Vth=0.3, alpha=0.3, delta_t=0.2)
+    logits = model(torch.randn(4, 3, 32, 32))
+    assert logits.shape == (4, 7)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_static_images_are_constant_event_frames():
+    model = create_model("vgg.vgg11_if", timesteps=3).eval()
+    x = torch.rand(2, 2, 48, 48)
+    assert torch.equal(model(x), model(x.unsqueeze(1).repeat(1, 3, 1, 1, 1)))
+    with pytest.raises(ValueError, match="2, 4, 2, 48, 48"):
+        model(torch.rand(2, 4, 2, 48, 48))
+
+
+def test_ann_is_a_preact_resnet_with_relus():
+    """Against the same layers called one by one, in the order of the specification."""
+    torch.manual_seed(0)
+    model = create_model("preresnet.resnet20_ann", timesteps=9).eval()
+    x = torch.randn(2, 3, 32, 32)
+    out = model.conv1(x)
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for block in stage:
+            first = block.bn1(out).relu()
+            out = block.conv2(block.bn2(block.conv1(first)).relu()) + block.shortcut(first)
+    out = nn.functional.avg_pool2d(model.bn1(out).relu(), 8).flatten(1)
+    torch.testing.assert_close(model(x), model.bn2(model.linear(out)).relu())
+
+
+def test_dropout_defaults():
+    rates = {
+        name: {m.p for m in create_model(name).modules() if isinstance(m, nn.Dropout)}
+        for name in ("vgg.vgg11_lif", "preresnet.resnet20_if")
+    }
+    assert rates == {"vgg.vgg11_lif": {0.1}, "preresnet.resnet20_if": {0.0}}
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="preresnet.resnet18_lif"):
+        create_model("resnet18")
+    with pytest.raises(ValueError, match="unrolled"):
+        create_model("preresnet.resnet20_if", backward="sideways")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("models", {"utils", "cifar", "imagenet"}),
+        ("utils", {"models", "cifar", "imagenet"}),
+        ("cifar", {"imagenet"}),
+    ],
+)
+def test_imports_run_one_way(folder, forbidden):
+    used = {name for path in (ROOT / folder).glob("*.py") for name in imported(path)}
+    assert "torch" in used and not used & forbidden
+    if folder == "models":
+        assert used - {"torch", "models"} <= sys.stdlib_module_names

@@ -1,0 +1,143 @@
+"""Data sets against the raw data that they read, and the rule that randomness belongs to the sample."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torchvision import datasets
+
+from utils.cli import UserError
+from utils.data import load_data, mix_seed, train_loader
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def test_digits_are_all_there_once_and_stratified():
+    data = load_data("digits", "nowhere")
+    assert (len(data.train), len(data.test), data.classes) == (1437, 360, 10)
+    totals = np.bincount(load_digits().target)
+    for split, share in ((data.train, 0.8), (data.test, 0.2)):
+        assert abs(np.bincount(split.labels) - share * totals).max() < 1
+    image, label = data.test[0]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and 0 <= label < 10
+    # Unnormalised, the mean brightness is that of the source, 8x8 pixels of 0 to 16.
+    stacked = torch.stack([data.test[i][0] for i in range(360)]) * 0.376 + 0.305
+    assert stacked.mean().item() == pytest.approx(load_digits().data.mean() / 16, abs=0.01)
+
+
+def write_cifar10(folder, monkeypatch):
+    """CIFAR-10's file format, four images a file, with the checksums that the loader verifies."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    contents = {"batches.meta": {"label_names": [str(i) for i in range(10)]}}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        contents[name] = {"data": pixels, "labels": [1, 2, 3, 4]}
+    sums = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[n, sums[n]] for n in contents if "data" in n])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    return contents
+
+
+def test_cifar10_is_read_and_normalised(tmp_path, monkeypatch):
+    contents = write_cifar10(tmp_path, monkeypatch)
+    data = load_data("cifar10", tmp_path)
+    assert (len(data.train), len(data.test), data.classes) == (20, 4, 10)
+    image, label = data.test[2]
+    assert label == 3
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CIFAR10_MEAN, CIFAR10_STD))
+    pixels = torch.from_numpy(contents["test_batch"]["data"][2]).view(3, 32, 32)
+    torch.testing.assert_close(image, (pixels / 255 - mean) / std)
+
+
+def test_training_images_are_cropped_and_mirrored(tmp_path, monkeypatch):
+    contents = write_cifar10(tmp_path, monkeypatch)
+    data = load_data("cifar10", tmp_path)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CIFAR10_MEAN, CIFAR10_STD))
+    padded = torch.zeros(3, 40, 40)
+    padded[:, 4:36, 4:36] = torch.from_numpy(contents["data_batch_1"]["data"][0]).view(3, 32, 32) / 255
+    seen = set()
+    for _ in range(60):
+        image = data.train[0][0] * std + mean
+        crops = {(y, x, flip) for y in range(9) for x in range(9) for flip in (False, True)}
+        match = [
+            (y, x, flip)
+            for y, x, flip in crops
+            if torch.allclose(image.flip(2) if flip else image, padded[:, y : y + 32, x : x + 32], atol=1e-5)
+        ]
+        assert match
+        seen.update(match)
+    assert {flip for _, _, flip in seen} == {False, True} and len(seen) > 30
+
+
+def test_imagefolder_reads_any_size_and_val(images):
+    (images / "test").rename(images / "val")
+    data = load_data("imagefolder", images)
+    assert (len(data.train), len(data.test), data.classes) == (10, 6, 2)
+    image, label = data.test[0]
+    assert image.shape == (3, 32, 32)
+    assert data.test.classes[label] == "blue" and image[2].mean() > image[0].mean()
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "1"])
+def test_images_in_other_colour_modes_work(mode, images):
+    from PIL import Image
+
+    path = images / "test" / "blue" / "0.jpg"
+    Image.open(images / "test" / "blue" / "0.png").convert("L" if mode == "RGBA" else mode).save(path)
+    assert load_data("imagefolder", images).test[0][0].shape == (3, 32, 32)
+
+
+def test_a_truncated_image_is_named(images):
+    path = images / "train" / "red" / "4.png"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="red/4.png"):
+        load_data("imagefolder", images).train[9]
+
+
+def epoch_of(images, epoch, **settings):
+    loader = train_loader(load_data("imagefolder", images).train, batch_size=4, pin_memory=False, **settings)
+    loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(images):
+    torch.manual_seed(1)
+    first, labels = epoch_of(images, 3, workers=0, seed=7)
+    assert sorted(labels.tolist()) == [0] * 5 + [1] * 5
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    torch.rand(5)
+    again, _ = epoch_of(images, 3, workers=2, seed=7)
+    assert torch.equal(first, again)
+    torch.set_rng_state(state)
+    epoch_of(images, 3, workers=0, seed=7)
+    for other in (epoch_of(images, 4, workers=0, seed=7), epoch_of(images, 3, workers=0, seed=8)):
+        assert not torch.equal(first, other[0])
+
+
+def test_loading_leaves_the_global_generator_alone(images):
+    data = load_data("imagefolder", images)
+    loader = train_loader(data.train, batch_size=4, workers=0, seed=7, pin_memory=False)
+    iterator = iter(loader)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    next(iterator)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_neighbouring_seeds_do_not_collide():
+    assert (
+        len({mix_seed(seed, epoch, i) for seed in range(5) for epoch in range(20) for i in range(50)}) == 5000
+    )

@@ -1,0 +1,143 @@
+"""The schedule against its formula, metrics against a direct count, checkpoints against interruptions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import create_model
+from utils import checkpoint
+from utils.cli import UserError
+from utils.records import Recorder, RunFiles
+from utils.schedule import warmup_cosine
+from utils.statistics import count_spikes, firing_rates
+from utils.training import Metrics, Result, evaluate
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(391, 400), (100, 250), (7, 0)])
+@pytest.mark.parametrize("first_epoch", [0, 1, 57])
+def test_learning_rate_at_every_iteration(steps, warmup, first_epoch):
+    """0.5*lr*(1+cos(pi*epoch/epochs)) * min(1, (it+1)/warmup); warm-up crosses epochs and is not repeated."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    curve = dict(lr=0.1, epochs=200, steps_per_epoch=steps, warmup=warmup)
+    schedule = warmup_cosine(optimizer, **curve, first_step=first_epoch * steps)
+    for it in range(first_epoch * steps, 200 * steps):
+        expected = 0.5 * 0.1 * (1 + math.cos(math.pi * (it // steps) / 200))
+        if it < warmup:
+            expected *= (it + 1) / warmup
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_metrics_count_every_sample():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(50, 8), torch.randint(0, 8, (50,))
+    metrics = Metrics("cpu")
+    for part in (slice(0, 32), slice(32, 50)):
+        metrics.add(F.cross_entropy(logits[part], labels[part]), logits[part], labels[part])
+    result = metrics.result()
+    ranks = [
+        sorted(range(8), key=lambda k: -row[k].item()).index(label) for row, label in zip(logits, labels)
+    ]
+    assert result.top1 == pytest.approx(100 * sum(rank == 0 for rank in ranks) / 50)
+    assert result.top5 == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 50)
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_evaluation_is_without_gradients_and_keeps_the_model():
+    torch.manual_seed(0)
+    model = create_model("preresnet.resnet20_if", num_classes=3, timesteps=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    samples = [(torch.randn(3, 32, 32), i % 3) for i in range(7)]
+    loader = torch.utils.data.DataLoader(samples, batch_size=4)
+    result, rates = evaluate(model, loader, "cpu")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        logits = torch.cat([model(x) for x, _ in loader])
+    labels = torch.tensor([label for _, label in samples])
+    assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).sum().item() / 7)
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert len(rates) == 21
+
+
+def test_firing_rates_by_hand():
+    """T=2, Vth=1, alpha=1, rows t*B+b: 0.5+0.5 fires once, 1+1 twice, 0 never: 3 of 6."""
+    model = nn.Sequential(create_model("vgg.vgg11_if", timesteps=2, Vth=1.0, alpha=1.0).classifier[-1])
+    with count_spikes(model) as counts:
+        model(torch.tensor([[0.5], [1.0], [0.0]] * 2))
+    assert firing_rates(counts) == {"0": 0.5}
+    with count_spikes(model) as counts:
+        pass
+    model(torch.ones(2, 1))
+    assert counts == {}
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "run.pth"
+    checkpoint.save({"state_dict": {}, "epoch": 1}, path)
+
+    def disk_full(content, file):
+        file.write(b"half a checkpo")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save({"state_dict": {}, "epoch": 2}, path)
+    assert checkpoint.load(path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pth"]
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    torch.save({"state_dict": {}, "payload": Payload(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="evil.pth"):
+        checkpoint.load(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_best(tmp_path, capsys):
+    files = RunFiles(tmp_path, "run")
+    checkpoint.save({"state_dict": {}, "epoch": 3, "best_acc": 50.0}, files.best)
+    files.checkpoint.write_bytes(b"PK damaged")
+    content, path = checkpoint.resume("auto", files)
+    assert content["epoch"] == 3 and path == files.best
+    assert "run.pth is damaged" in capsys.readouterr().err
+
+
+def record(recorder, epoch):
+    result = Result(loss=float(epoch), top1=10.0, top5=20.0, images_per_second=1.0)
+    recorder.epoch(epoch, lr=0.1, train=result, test=result, thresholds={}, firing_rates={})
+
+
+def test_the_log_of_a_resumed_run_has_each_epoch_once(tmp_path):
+    files = RunFiles(tmp_path, "run")
+    files.create()
+    recorder = Recorder(files, 0)
+    for epoch in range(3):
+        record(recorder, epoch)
+    record(Recorder(files, 2), 2)  # killed between the row of epoch 2 and its checkpoint
+    rows = [line.split("\t")[1] for line in files.log.read_text().splitlines()[1:]]
+    assert rows == ["0.000000", "1.000000", "2.000000"]
+
+
+def test_an_official_log_is_read(tmp_path):
+    """The official code ends every field in a tab."""
+    files = RunFiles(tmp_path, "run")
+    files.create()
+    files.log.write_text(
+        "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\t\n" + "0.1\t" * 5 + "\n"
+    )
+    assert Recorder(files, 1).rows == [[0.1] * 5]
+    files.log.write_text("Learning Rate\nhello\n")
+    with pytest.raises(UserError, match="run.txt is damaged"):
+        Recorder(files, 1)
