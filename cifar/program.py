@@ -1,6 +1,7 @@
 """What the CIFAR programs share: the published flags, and one run from flags to files."""
 
 import random
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import torch
 
 from cifar.presets import PRESETS
 from models import create_model, list_models
+from models.neurons import ReLU
 from models.registry import CIFAR_SETTINGS
 from utils import checkpoint
 from utils.cli import Parser, UserError, choose_device, number
 from utils.data import DATASETS, load_data, test_loader, train_loader
 from utils.records import RunFiles
 from utils.training import evaluate, fit, load_optimizer, make_optimizer
+
+NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
 
 count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
@@ -69,7 +73,11 @@ def get_parser(description, lr):
     add("--optimizer", type=str.lower, choices=("sgd", "adam"), default="SGD", help="SGD or adam")
     add("-c", "--checkpoint", default="./checkpoint", help="files go to <checkpoint>/<dataset>/")
     add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
-    add("--manualSeed", type=natural, help="seed of everything random; drawn and recorded if not given")
+    add(
+        "--manualSeed",
+        type=number(int, 0, high=2**63 - 1),
+        help="seed of everything random; drawn and recorded if not given",
+    )
     add("-e", "--evaluate", action="store_true", help="only test the model (of --resume)")
     add("--pin_memory", action="store_true", help="load batches into page-locked memory (GPU)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -89,11 +97,16 @@ def main(argv, description, lr):
         )
     if args.nesterov and not args.momentum:
         raise UserError("--nesterov needs a --momentum above 0")
+    if args.model.startswith("vgg."):
+        raise UserError(
+            f"{args.model} takes event frames, --dataset {args.dataset} holds images; use preresnet.*"
+        )
     files = RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
     resumed, source = checkpoint.resume(args.resume, files)
     earlier = resumed["args"] if resumed else {}
     if args.manualSeed is None:
-        args.manualSeed = earlier.get("manualSeed") or random.randint(1, 10000)
+        args.manualSeed = earlier.get("manualSeed", random.randint(1, 10000))
+    compare_settings(args, earlier, source)
     args.started = earlier.get("started") if resumed else datetime.now().isoformat(timespec="microseconds")
 
     torch.manual_seed(args.manualSeed)
@@ -107,6 +120,8 @@ def main(argv, description, lr):
         checkpoint.load_weights(model, resumed["state_dict"], source)
         print(f"resumed from {source}: {resumed['epoch']} epochs, best top-1 {resumed['best_acc']:.2f} %")
     if args.evaluate:
+        if not resumed:
+            print("warning: no --resume: these weights are not trained", file=sys.stderr)
         report(model, test, device, files.firing_rates if args.rate_stat else None)
         return
 
@@ -119,30 +134,44 @@ def main(argv, description, lr):
     optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
     if resumed and "optimizer" in resumed:
         load_optimizer(optimizer, resumed["optimizer"], source)
-    fit(model, optimizer, train, test, args, files, resumed, device)
+    fit(model, optimizer, train, test, args, files, resumed, source, device)
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
-        print(f"{what + ':':13}{getattr(files, what)}")
+        if getattr(files, what).exists():
+            print(f"{what + ':':13}{getattr(files, what)}")
+
+
+def compare_settings(args, earlier, source):
+    """Refuse a checkpoint of another model; say which settings of the neurons differ from its own."""
+    if earlier.get("model", args.model) != args.model:
+        raise UserError(f"{source} is a checkpoint of {earlier['model']}; give --model {earlier['model']}")
+    settings = {name: getattr(args, name) for name in NEURON_SETTINGS}
+    differing = [
+        f"{n} {earlier[n]}, now {value}" for n, value in settings.items() if earlier.get(n, value) != value
+    ]
+    if differing:
+        print(f"warning: {source} was trained with {'; '.join(differing)}", file=sys.stderr)
 
 
 def build_model(args, classes):
-    names = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound", "backward")
-    settings = {name: getattr(args, name) for name in names}
-    try:
-        return create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    """The network of the flags."""
+    settings = {name: getattr(args, name) for name in NEURON_SETTINGS}
+    train_Vth = bool(args.train_Vth)
+    return create_model(
+        args.model, num_classes=classes, train_Vth=train_Vth, backward=args.backward, **settings
+    )
 
 
 def report(model, loader, device, firing_rate_file):
     """Print loss and accuracy on the test set; with a file to save them to, the firing rates as well."""
+    if firing_rate_file is not None:
+        if isinstance(model.last_neuron, ReLU):
+            raise UserError("--rate_stat 1: an ANN has no firing rates; evaluate an _if or _lif model")
+        checkpoint.make_folder(firing_rate_file.parent)
     result, rates = evaluate(model, loader, device)
     print(f"test: loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %")
     if firing_rate_file is None:
         return
-    if not rates:
-        raise UserError("--rate_stat 1: an ANN has no firing rates; evaluate an _if or _lif model")
     for layer, rate in rates.items():
         print(f"{layer:20} {100 * rate:6.2f} %")
-    firing_rate_file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(rates, firing_rate_file)
     print(f"firing rates: {firing_rate_file}")

@@ -1,13 +1,16 @@
 """The method in four pure functions and one gradient rule (Meng et al., CVPR 2022, sections 3 and 4).
 
 Sequences have time first: shape (T, B, ...). Potentials and thresholds share the unit of the input current.
+The dynamics stand outside autograd, which only knows `DSR`.
 """
 
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
+@torch.no_grad()
 def integrate_and_fire(currents, Vth, alpha):
     """IF: U = V + x_t; fire where U >= alpha*Vth; V = U - Vth*s. Returns Vth*s, (T, B, ...)."""
     spikes = torch.empty_like(currents)
@@ -20,6 +23,7 @@ def integrate_and_fire(currents, Vth, alpha):
     return spikes
 
 
+@torch.no_grad()
 def leaky_integrate_and_fire(currents, Vth, alpha, tau, delta_t):
     """LIF: U = lam*V + (1-lam)*x_t with lam = exp(-delta_t/tau); fire where U >= alpha*Vth; V = U - Vth*s
 
@@ -68,6 +72,7 @@ class DSR(torch.autograd.Function):
         return neuron.fire(currents)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_spikes):
         neuron, (inside, above) = ctx.neuron, ctx.saved_tensors
         grad = neuron.representation(grad_spikes)

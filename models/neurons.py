@@ -31,7 +31,7 @@ class Neuron(nn.Module):
         """Currents (T*B, ...), row t*B+b -> spikes of that shape; ValueError unless T divides the rows."""
         if len(currents) % self.timesteps:
             raise ValueError(f"{len(currents)} rows cannot be split into {self.timesteps} time steps")
-        if torch.is_autocast_enabled(currents.device.type):
+        if torch.is_autocast_enabled(currents.device.type) and currents.dtype.itemsize < 4:
             currents = currents.float()  # the potential sums up T currents: too much for half precision
         self.project_threshold()
         currents = currents.unflatten(0, (self.timesteps, -1))

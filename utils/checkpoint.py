@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -11,12 +12,23 @@ import torch
 from utils.cli import UserError
 
 
-def save(content, path):
+def make_folder(folder):
+    """Make sure that files can be written to `folder`, or raise UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"cannot write to {folder} ({error.strerror})"
+        raise UserError(f"{reason}; choose another --checkpoint") from None
+
+
+def save(content, path, write=torch.save):
     """Write `content` to `path`: a reader finds the old file or the new one, never a part of one."""
     draft = path.with_name(path.name + ".tmp")
     try:
         with draft.open("wb") as file:
-            torch.save(content, file)
+            write(content, file)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -26,6 +38,11 @@ def save(content, path):
         raise UserError(
             f"cannot write {path} ({reason}); free some space, then go on with --resume auto"
         ) from None
+
+
+def save_text(text, path):
+    """Write a text file, whole or not at all."""
+    save(text, path, write=lambda text, file: file.write(text.encode()))
 
 
 def find(name, folder):
@@ -66,7 +83,7 @@ def resume(name, files):
             except UserError as error:
                 print(f"warning: {error}", file=sys.stderr)
                 continue
-            if content["args"].get("started") == started(files.arguments):
+            if started(files.arguments) in (None, content["args"].get("started")):
                 return content, path
         print("no checkpoint of this run yet: starting afresh")
         return None, None
@@ -75,7 +92,7 @@ def resume(name, files):
 
 
 def started(arguments_file):
-    """When the run began that wrote these arguments: tells its checkpoints from those of an earlier run."""
+    """When the run of these arguments began, or None: tells its checkpoints from an earlier run's."""
     try:
         return json.loads(arguments_file.read_text()).get("started")
     except (OSError, ValueError):

@@ -1,7 +1,6 @@
 """The command line that the programs share: errors in one line, checked numbers, presets, the device."""
 
 import argparse
-import json
 import math
 import sys
 
@@ -78,10 +77,3 @@ def choose_device(text):
     if int(index or 0) >= found:
         raise UserError(f"--device {text}: this machine has {found} CUDA devices; use --device cpu or auto")
     return torch.device(text)
-
-
-def save_arguments(args, path):
-    """Write the resolved arguments beside the run, whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
-    draft.replace(path)

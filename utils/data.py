@@ -15,7 +15,7 @@ from utils.cli import UserError
 NORMALIZE = {
     "cifar10": transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": transforms.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "digits": transforms.Normalize((0.305,) * 3, (0.376,) * 3),
+    "digits": transforms.Normalize((0.305,) * 3, (0.376,) * 3),  # mean and deviation of its pixels / 16
 }
 
 
@@ -33,6 +33,7 @@ def load_data(name, path):
 
 
 def cifar(path, dataset):
+    """CIFAR-10 or CIFAR-100 as torchvision reads it, downloaded on first use; the paper's augmentation."""
     name = dataset.__name__.lower()
     crop, to_tensor = transforms.RandomCrop(32, padding=4), transforms.ToTensor()
     augment = [crop, transforms.RandomHorizontalFlip(), to_tensor, NORMALIZE[name]]
@@ -63,6 +64,7 @@ def imagefolder(path):
 
 
 def read_folder(folder, steps):
+    """An ImageFolder with the transforms `steps`; UserError if the folder or one of its classes is empty."""
     try:
         return datasets.ImageFolder(folder, transforms.Compose(steps), loader=read_image)
     except OSError as error:
@@ -73,10 +75,12 @@ def read_folder(folder, steps):
 
 
 def read_image(path):
+    """torchvision's loader (RGB, whatever the colour mode), naming the file that it cannot read."""
     try:
         return default_loader(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path} ({error}); replace or remove it") from None
+    except Exception as error:  # a damaged file can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from None
 
 
 class Digits(Dataset):
@@ -151,10 +155,15 @@ def train_loader(dataset, *, batch_size, workers, seed, pin_memory):
     # The sampler adds epoch to its seed: far apart seeds keep runs with neighbouring seeds from sharing
     # orders.
     sampler = EpochSampler(dataset, num_replicas=1, rank=0, seed=mix_seed(seed) >> 1)
-    settings = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
-    return DataLoader(SeededDataset(dataset, seed), batch_size, sampler=sampler, **settings)
+    return loader(SeededDataset(dataset, seed), batch_size, workers, pin_memory, sampler=sampler)
 
 
 def test_loader(dataset, *, batch_size, workers, pin_memory):
+    """Batches in the order of the data set, each sample once."""
+    return loader(dataset, batch_size, workers, pin_memory)
+
+
+def loader(dataset, batch_size, workers, pin_memory, sampler=None):
     settings = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
-    return DataLoader(dataset, batch_size, **settings)
+    # Its own generator: a DataLoader would draw from the global one, which dropout's masks come from.
+    return DataLoader(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **settings)

@@ -1,5 +1,6 @@
 """What a run leaves behind: where its files lie, the log, the curves, TensorBoard."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,7 @@ matplotlib.use("Agg")  # draws without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
+from utils.checkpoint import make_folder, save, save_text  # noqa: E402
 from utils.cli import UserError  # noqa: E402
 
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
@@ -28,40 +30,33 @@ class RunFiles:
 
     def create(self):
         """Make the folders, or raise UserError where nothing can be written."""
-        try:
-            self.tensorboard.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f"{self.checkpoint.name}.tmp"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.folder} ({error.strerror}); choose another --checkpoint"
-            ) from None
+        make_folder(self.tensorboard)
 
 
 class Recorder:
-    """Writes the log, the curves and TensorBoard's files of a run that starts or goes on at `first_epoch`."""
+    """Writes the log, the curves and TensorBoard's files of a run that starts or goes on at `first_epoch`.
 
-    def __init__(self, files, first_epoch):
-        self.files = files
-        self.rows = []
-        if first_epoch == 0:
+    `rows` are the log's so far, from the checkpoint that the run goes on from; None for a fresh start.
+    """
+
+    def __init__(self, files, first_epoch, rows):
+        self.files, self.rows = files, list(rows or [])
+        if rows is None:
             for old in files.tensorboard.glob("events.out.tfevents.*"):
                 old.unlink()
-        elif files.log.exists():
-            self.rows = read_log(files.log)[:first_epoch]
-        self.write_log()
         self.tensorboard = SummaryWriter(files.tensorboard, purge_step=first_epoch)
+        self.write()
 
-    def write_log(self):
+    def write(self):
+        """Bring the log and the curves up to date."""
         rows = ["\t".join(f"{value:.6f}" for value in row) + "\n" for row in self.rows]
-        self.files.log.write_text(HEADER + "".join(rows))
+        save_text(HEADER + "".join(rows), self.files.log)
+        if self.rows:
+            save(self.rows, self.files.curves, write=partial(draw_curves, title=self.files.curves.stem))
 
-    def epoch(self, epoch, *, lr, train, test, thresholds, firing_rates):
-        """Add an epoch: `train` and `test` as returned by the training loop, the others layer -> value."""
+    def add(self, epoch, *, lr, train, test, thresholds, firing_rates):
+        """Take in an epoch: `train` and `test` are Results of the loop, the others map layer -> value."""
         self.rows.append([lr, train.loss, test.loss, train.top1, test.top1])
-        self.write_log()
-        draw_curves(self.rows, self.files.curves)
         scalars = {"learning rate": lr, "images per second": train.images_per_second}
         for split, result in (("train", train), ("test", test)):
             scalars |= {
@@ -87,8 +82,8 @@ def read_log(path):
     return rows
 
 
-def draw_curves(rows, path):
-    """Loss and accuracy of every epoch so far, as a PDF."""
+def draw_curves(rows, file, title):
+    """Write loss and accuracy of the epochs in `rows`, as a PDF."""
     _, train_loss, test_loss, train_accuracy, test_accuracy = zip(*rows)
     epochs = range(1, len(rows) + 1)
     marker = "o" if len(rows) < 20 else None
@@ -103,6 +98,6 @@ def draw_curves(rows, path):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(path.stem)
-    figure.savefig(path)
+    figure.suptitle(title)
+    figure.savefig(file, format="pdf")
     plt.close(figure)

@@ -1,5 +1,6 @@
 """The training loop of every program."""
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.cli import UserError, save_arguments
+from utils.cli import UserError
 from utils.data import mix_seed
-from utils.records import Recorder
+from utils.records import Recorder, read_log
 from utils.schedule import cosine, warmup_cosine
 from utils.statistics import count_spikes, firing_rates, thresholds
 
@@ -122,16 +123,22 @@ def load_optimizer(optimizer, state, path):
         group.update(settings)
 
 
-def fit(model, optimizer, train_loader, test_loader, args, files, resumed, device):
-    """Train from `resumed` (a checkpoint or None) to the last epoch; log, draw and save after each."""
+def fit(model, optimizer, train_loader, test_loader, args, files, resumed, source, device):
+    """Train on from `resumed` (a checkpoint that lay at `source`, or None); log and save every epoch."""
     first_epoch = resumed["epoch"] if resumed else args.start_epoch
-    best_acc = resumed["best_acc"] if resumed else -1.0  # so that the first epoch is a best one
+    own = source in (files.checkpoint, files.best)
+    best_acc = resumed["best_acc"] if own else -1.0  # so that this run's first epoch makes its first best
     if first_epoch >= args.epochs:
         print(f"nothing left to train: {first_epoch} of {args.epochs} epochs are done")
         return
     files.create()
-    save_arguments(args, files.arguments)
-    recorder = Recorder(files, first_epoch)
+    checkpoint.save_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n", files.arguments)
+    rows = resumed.get("log", []) if resumed else None
+    if (
+        own and "log" not in resumed and files.log.exists()
+    ):  # an official run keeps its rows in the file alone
+        rows = read_log(files.log)[:first_epoch]
+    recorder = Recorder(files, first_epoch, rows)
     steps = len(train_loader)
     curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
     schedule = warmup_cosine(optimizer, **curve, first_step=first_epoch * steps)
@@ -144,13 +151,14 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, devic
         test, rates = evaluate(model, test_loader, device)
         best = test.top1 > best_acc
         best_acc = max(best_acc, test.top1)
-        state = dict(epoch=epoch + 1, state_dict=model.state_dict(), acc=test.top1, best_acc=best_acc)
-        state |= dict(optimizer=optimizer.state_dict(), args=vars(args))
         lr = args.lr * cosine(epoch, args.epochs)
-        recorder.epoch(epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates)
+        recorder.add(epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates)
+        state = dict(epoch=epoch + 1, state_dict=model.state_dict(), acc=test.top1, best_acc=best_acc)
+        state |= dict(optimizer=optimizer.state_dict(), args=vars(args), log=recorder.rows)
         if best:  # first, so that a run killed between the two writes its best again when it is resumed
             checkpoint.save(state, files.best)
         checkpoint.save(state, files.checkpoint)
+        recorder.write()
         print(
             f"epoch {epoch + 1}/{args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
             f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {best_acc:.2f}); "

@@ -11,6 +11,11 @@ NEURONS, NETWORKS = golden.neuron_cases(), golden.network_cases()
 SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound", "train_Vth")
 
 
+def test_all_cases_are_there():
+    assert len(NEURONS) == 35
+    assert {case["model"].partition(".")[0] for case in NETWORKS.values()} == {"preresnet", "vgg"}
+
+
 @pytest.mark.parametrize("name", NEURONS)
 def test_neuron_layer(name):
     case = NEURONS[name]

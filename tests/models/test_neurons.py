@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models import IFNeuron, LIFNeuron
+from models import IFNeuron, LIFNeuron, functional
 
 HALF = math.log(2)  # with tau = 1 and this delta_t the membrane halves at every step
 
@@ -62,6 +62,19 @@ def test_threshold_below_its_bound_is_projected_and_keeps_its_gradient():
     assert layer.Vth.item() == 0.5
     out.sum().backward()  # rate .625 > Vth: G = 1, grad = T*G
     assert layer.Vth.grad.item() == 2.0
+
+
+def test_lif_threshold_at_its_bound():
+    layer = LIFNeuron(timesteps=3, Vth=1.0, alpha=1.0, Vth_bound=0.5, tau=1.0, delta_t=HALF)
+    layer.Vth.data.fill_(-2.0)
+    fired, out = run(layer, [0.6, 1.0, 0.6])  # Vth = .5; U: .3 .65* .375 (V = .15, halved, and .3)
+    assert fired == [0, 1, 0] and layer.Vth.item() == 0.5
+    assert out.tolist() == pytest.approx([0, 0.5 / HALF, 0])
+
+
+def test_dynamics_can_be_called_with_a_trainable_threshold():
+    Vth = torch.tensor(1.0, requires_grad=True)
+    assert functional.integrate_and_fire(torch.tensor([[2.0], [0.0]]), Vth, 1.0).tolist() == [[1.0], [1.0]]
 
 
 def gradients(layer, currents, grad):

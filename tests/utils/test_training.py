@@ -10,7 +10,7 @@ from torch import nn
 from models import create_model
 from utils import checkpoint
 from utils.cli import UserError
-from utils.records import Recorder, RunFiles
+from utils.records import Recorder, RunFiles, read_log
 from utils.schedule import warmup_cosine
 from utils.statistics import count_spikes, firing_rates
 from utils.training import Metrics, Result, evaluate
@@ -75,7 +75,7 @@ def test_firing_rates_by_hand():
     assert counts == {}
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "run.pth"
     checkpoint.save({"state_dict": {}, "epoch": 1}, path)
 
@@ -83,9 +83,8 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         file.write(b"half a checkpo")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.save({"state_dict": {}, "epoch": 2}, path)
+        checkpoint.save({"state_dict": {}, "epoch": 2}, path, write=disk_full)
     assert checkpoint.load(path)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["run.pth"]
 
@@ -114,18 +113,29 @@ def test_damaged_newest_checkpoint_gives_way_to_the_best(tmp_path, capsys):
     assert "run.pth is damaged" in capsys.readouterr().err
 
 
+def test_resume_auto_without_the_arguments_file_still_finds_the_run(tmp_path):
+    files = RunFiles(tmp_path, "run")
+    checkpoint.save(
+        {"state_dict": {}, "epoch": 3, "best_acc": 50.0, "args": {"started": "then"}}, files.checkpoint
+    )
+    assert checkpoint.resume("auto", files)[1] == files.checkpoint
+    files.arguments.write_text('{"started": "later"}')
+    assert checkpoint.resume("auto", files) == (None, None)
+
+
 def record(recorder, epoch):
     result = Result(loss=float(epoch), top1=10.0, top5=20.0, images_per_second=1.0)
-    recorder.epoch(epoch, lr=0.1, train=result, test=result, thresholds={}, firing_rates={})
+    recorder.add(epoch, lr=0.1, train=result, test=result, thresholds={}, firing_rates={})
+    recorder.write()
 
 
 def test_the_log_of_a_resumed_run_has_each_epoch_once(tmp_path):
     files = RunFiles(tmp_path, "run")
     files.create()
-    recorder = Recorder(files, 0)
+    recorder = Recorder(files, 0, None)
     for epoch in range(3):
         record(recorder, epoch)
-    record(Recorder(files, 2), 2)  # killed between the row of epoch 2 and its checkpoint
+    record(Recorder(files, 2, recorder.rows[:2]), 2)  # goes on from the checkpoint of epoch 2
     rows = [line.split("\t")[1] for line in files.log.read_text().splitlines()[1:]]
     assert rows == ["0.000000", "1.000000", "2.000000"]
 
@@ -137,7 +147,7 @@ def test_an_official_log_is_read(tmp_path):
     files.log.write_text(
         "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\t\n" + "0.1\t" * 5 + "\n"
     )
-    assert Recorder(files, 1).rows == [[0.1] * 5]
+    assert read_log(files.log) == [[0.1] * 5]
     files.log.write_text("Learning Rate\nhello\n")
     with pytest.raises(UserError, match="run.txt is damaged"):
-        Recorder(files, 1)
+        read_log(files.log)
