@@ -9,9 +9,10 @@ PRESETS = {
         Vth=0.3,
         alpha=0.3,
         delta_t=0.2,
-        epochs=10,
+        epochs=15,
         train_batch=32,
-        warmup=45,
+        lr=0.05,
+        warmup=300,  # with a short one a class can fall silent for good
         manualSeed=1,
         workers=1,
     ),
