@@ -9,10 +9,12 @@ PRESETS = {
         Vth=0.3,
         alpha=0.3,
         delta_t=0.2,
-        epochs=15,
+        epochs=14,
         train_batch=32,
-        lr=0.05,
-        warmup=300,  # with a short one a class can fall silent for good
+        optimizer="adam",  # with SGD an output neuron often falls silent for good, and with it its class
+        lr=0.001,
+        weight_decay=0.0,
+        warmup=45,
         manualSeed=1,
         workers=1,
     ),
