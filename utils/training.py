@@ -134,9 +134,8 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
     files.create()
     checkpoint.save_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n", files.arguments)
     rows = resumed.get("log", []) if resumed else None
-    if (
-        own and "log" not in resumed and files.log.exists()
-    ):  # an official run keeps its rows in the file alone
+    official = own and "log" not in resumed  # which keeps its rows in the file alone
+    if official and files.log.exists():
         rows = read_log(files.log)[:first_epoch]
     recorder = Recorder(files, first_epoch, rows)
     steps = len(train_loader)
