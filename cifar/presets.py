@@ -9,7 +9,7 @@ PRESETS = {
         Vth=0.3,
         alpha=0.3,
         delta_t=0.2,
-        epochs=14,
+        epochs=12,
         train_batch=32,
         optimizer="adam",  # with SGD the network often ends up never predicting one of the classes
         lr=0.001,
@@ -17,5 +17,5 @@ PRESETS = {
         warmup=45,
         manualSeed=1,
         workers=1,
-    ),
+    )
 }

@@ -10,7 +10,7 @@ import torch
 from cifar.presets import PRESETS
 from models import create_model, list_models
 from models.neurons import ReLU
-from models.registry import CIFAR_SETTINGS
+from models.registry import BACKWARDS, CIFAR_SETTINGS
 from utils import checkpoint
 from utils.cli import Parser, UserError, choose_device, number
 from utils.data import DATASETS, load_data, test_loader, train_loader
@@ -24,27 +24,16 @@ positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 
 
 def get_parser(description, lr):
-    """The published flags with their defaults, and ours: --preset, --device, --backward."""
+    """The published flags with their defaults, and ours: --preset, --device and those behind it."""
     parser = Parser(PRESETS, description=description)
     add = parser.add_argument
     names = ", ".join(DATASETS)
     add("-d", "--dataset", choices=DATASETS, metavar="NAME", default="cifar10", help=f"one of: {names}")
     add("--path", default="./data", help="folder of the data set")
-    add(
-        "-j",
-        "--workers",
-        type=natural,
-        default=4,
-        help="processes that load data; 0: none but the program's own",
-    )
+    add("-j", "--workers", type=natural, default=4, help="processes that load data besides the program's own")
     names = ", ".join(list_models())
-    add(
-        "--model",
-        choices=list_models(),
-        metavar="NAME",
-        default="preresnet.resnet18_if",
-        help=f"one of: {names}",
-    )
+    models = dict(choices=list_models(), metavar="NAME", help=f"one of: {names}")
+    add("--model", default="preresnet.resnet18_if", **models)
     add("--name", default="", help="suffix of the names of the run's files")
     add("--timesteps", type=count, default=CIFAR_SETTINGS["timesteps"], help="T, the latency")
     add("--Vth", type=positive, default=CIFAR_SETTINGS["Vth"], help="initial threshold")
@@ -54,13 +43,7 @@ def get_parser(description, lr):
     add("--alpha", type=alpha, default=CIFAR_SETTINGS["alpha"], help="fire at alpha*Vth")
     add("--train_Vth", type=int, choices=(0, 1), default=1, help="1: thresholds are trained; 0: fixed")
     add("--Vth_bound", type=positive, default=CIFAR_SETTINGS["Vth_bound"], help="thresholds stay above this")
-    add(
-        "--rate_stat",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="1, with --evaluate: print and save firing rates",
-    )
+    add("--rate_stat", type=int, choices=(0, 1), default=0, help="1: --evaluate saves firing rates")
     add("--epochs", type=count, default=200)
     add("--start-epoch", type=natural, default=0, help="epoch to start from without --resume")
     add("--train-batch", type=count, default=128)
@@ -73,15 +56,18 @@ def get_parser(description, lr):
     add("--optimizer", type=str.lower, choices=("sgd", "adam"), default="SGD", help="SGD or adam")
     add("-c", "--checkpoint", default="./checkpoint", help="files go to <checkpoint>/<dataset>/")
     add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
-    add(
-        "--manualSeed",
-        type=number(int, 0, high=2**63 - 1),
-        help="seed of everything random; drawn and recorded if not given",
-    )
+    seed = number(int, 0, high=2**63 - 1)
+    add("--manualSeed", type=seed, help="seed of everything random; drawn and recorded if not given")
     add("-e", "--evaluate", action="store_true", help="only test the model (of --resume)")
     add("--pin_memory", action="store_true", help="load batches into page-locked memory (GPU)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--backward", choices=("unrolled",), default="unrolled", help="how the gradient is computed")
+    text = "collapsed: exact and fast; unrolled: the same, literally; rate: a cheaper approximation"
+    add("--backward", choices=BACKWARDS, default="collapsed", help=text)
+    text = "bf16: spikes and their convolutions in bfloat16"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
+    text = "a mask a time step, as published (training then unrolls time), or one shared by all"
+    add("--dropout_mask", choices=("step", "shared"), default="step", help=text)
+    add("--compile", action="store_true", help="run the time loops through torch.compile")
     return parser
 
 
@@ -122,7 +108,7 @@ def main(argv, description, lr):
     if args.evaluate:
         if not resumed:
             print("warning: no --resume: these weights are not trained", file=sys.stderr)
-        report(model, test, device, files.firing_rates if args.rate_stat else None)
+        report(model, test, device, args.precision, files.firing_rates if args.rate_stat else None)
         return
 
     train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
@@ -155,19 +141,23 @@ def compare_settings(args, earlier, source):
 def build_model(args, classes):
     """The network of the flags."""
     settings = {name: getattr(args, name) for name in NEURON_SETTINGS}
-    train_Vth = bool(args.train_Vth)
-    return create_model(
-        args.model, num_classes=classes, train_Vth=train_Vth, backward=args.backward, **settings
-    )
+    settings.update(backward=args.backward, dropout_mask=args.dropout_mask, train_Vth=bool(args.train_Vth))
+    model = create_model(args.model, num_classes=classes, **settings)
+    if args.compile:
+        try:
+            model.compile_loops()
+        except RuntimeError as error:
+            print(f"warning: --compile is left out: {error}", file=sys.stderr)
+    return model
 
 
-def report(model, loader, device, firing_rate_file):
+def report(model, loader, device, precision, firing_rate_file):
     """Print loss and accuracy on the test set; with a file to save them to, the firing rates as well."""
     if firing_rate_file is not None:
         if isinstance(model.last_neuron, ReLU):
             raise UserError("--rate_stat 1: an ANN has no firing rates; evaluate an _if or _lif model")
         checkpoint.make_folder(firing_rate_file.parent)
-    result, rates = evaluate(model, loader, device)
+    result, rates = evaluate(model, loader, device, precision)
     print(f"test: loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %")
     if firing_rate_file is None:
         return

@@ -10,17 +10,35 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
+    """The dynamics: U = lam*V + scale*y_t + shift; s_t = 1 where U >= firing_point, else 0; V = U - Vth*s_t.
+
+    steps: the y_t, T tensors (B, ...), or one for all; spikes: T tensors of that shape to write the s_t to.
+    Returns for every w of `weights`, T numbers each, the pair (sum_t w_t*y_t, sum_t w_t*s_t).
+    """
+    potential = torch.zeros_like(spikes[0], dtype=scale.dtype)
+    buffer = torch.empty_like(potential)
+    sums = [(torch.zeros_like(potential), torch.zeros_like(potential)) for _ in weights]
+    for t, spike in enumerate(spikes):
+        y = steps[t % len(steps)]
+        torch.add(torch.addcmul(shift, y, scale), potential, alpha=lam, out=potential)
+        fired = torch.ge(potential, firing_point, out=spike if spike.dtype == potential.dtype else buffer)
+        potential.addcmul_(fired, Vth, value=-1)
+        if fired is not spike:
+            spike.copy_(fired)
+        for w, (y_sum, spike_sum) in zip(weights, sums):
+            y_sum.add_(y, alpha=w[t])
+            spike_sum.add_(fired, alpha=w[t])
+    return sums
+
+
 @torch.no_grad()
 def integrate_and_fire(currents, Vth, alpha):
     """IF: U = V + x_t; fire where U >= alpha*Vth; V = U - Vth*s. Returns Vth*s, (T, B, ...)."""
     spikes = torch.empty_like(currents)
-    potential = torch.zeros_like(currents[0])
-    firing_point = alpha * Vth
-    for current, spike in zip(currents, spikes):
-        potential += current
-        torch.mul(potential >= firing_point, Vth, out=spike)
-        potential -= spike
-    return spikes
+    one, zero = currents.new_ones(()), currents.new_zeros(())
+    membrane(currents, spikes, Vth, alpha * Vth, 1.0, one, zero)
+    return spikes.mul_(Vth)
 
 
 @torch.no_grad()
@@ -31,14 +49,8 @@ def leaky_integrate_and_fire(currents, Vth, alpha, tau, delta_t):
     """
     lam = math.exp(-delta_t / tau)
     spikes = torch.empty_like(currents)
-    potential = torch.zeros_like(currents[0])
-    firing_point, amplitude = alpha * Vth, Vth / delta_t
-    for current, spike in zip(currents, spikes):
-        potential.mul_(lam).add_(current, alpha=1 - lam)
-        fired = potential >= firing_point
-        potential -= fired * Vth
-        torch.mul(fired, amplitude, out=spike)
-    return spikes
+    membrane(currents, spikes, Vth, alpha * Vth, lam, currents.new_full((), 1 - lam), currents.new_zeros(()))
+    return spikes.mul_(Vth / delta_t)
 
 
 def rate(sequence):

@@ -6,31 +6,71 @@ them, since the sum stands in front of the next batch norm and so belongs to the
 else touches a spike train but maps that act on every time step alike (pooling, flattening, dropout).
 """
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from models.collapsed import collapsed_layer
+from models.functional import membrane
+
 
 @dataclass
 class SpikeTrain:
-    """The output of a spiking layer: `spikes`, shape (T*B, ...), row t*B+b, amplitude included."""
+    """The output of a spiking layer: `spikes`, shape (T*B, ...), row t*B+b.
+
+    In unrolled networks that is all, and the spikes carry their amplitude. In collapsed ones the spikes are 0
+    and 1 (or anything, once pooled) with the `amplitude` apart, and autograd sees only the `representation`,
+    (B, ...); `mean` is their time mean. A `static` train has one copy of its spikes for all steps.
+    """
 
     spikes: torch.Tensor
+    timesteps: int
+    backward: str = "unrolled"
+    amplitude: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    representation: torch.Tensor | None = None
+    static: bool = False
+
+    def values(self):
+        """The spikes, amplitude included."""
+        if self.amplitude is None:
+            return self.spikes
+        return self.spikes.to(self.amplitude.dtype) * self.amplitude
 
     def map(self, function):
         """The same train after a map that acts on every time step alike."""
-        return SpikeTrain(function(self.spikes))
+        if self.representation is None:
+            return replace(self, spikes=function(self.values()), amplitude=None)
+        with torch.no_grad():
+            spikes, mean = function(self.values()), function(self.mean)
+        representation = function(self.representation)
+        return replace(self, spikes=spikes, amplitude=None, mean=mean, representation=representation)
+
+    def drop(self, dropout):
+        """After dropout, with a mask a time step or, if `dropout.shared`, one for all."""
+        if not (dropout.training and dropout.p):
+            return self
+        if not dropout.shared:
+            return self.map(dropout)
+        steps = self.spikes.unflatten(0, (1 if self.static else self.timesteps, -1))
+        mask = dropout(torch.ones(steps[0].shape, device=steps.device))
+        return self.map(lambda x: (x.unflatten(0, (-1, len(mask))) * mask).flatten(0, 1))
 
 
 def spiking_layer(branches, bn, neuron):
-    """Sum the currents of the branches, normalise over time and batch (`bn` may be None), fire (section 2).
-
-    The literal computation, which autograd unrolls over time.
-    """
+    """Sum the currents of the branches, normalise over time and batch (or not: `bn` None), fire."""
+    backward = branches[0][1].backward
+    if backward != "unrolled":
+        rate_only = backward == "rate"
+        spikes, mean, representation = collapsed_layer(branches, bn, neuron, rate_only)
+        return SpikeTrain(
+            spikes, neuron.timesteps, backward, neuron.amplitude.detach().clone(), mean, representation
+        )
     first, *rest = [linear(train.spikes) for linear, train in branches]
     currents = sum(rest, start=first)
-    return SpikeTrain(neuron(currents if bn is None else bn(currents)))
+    return SpikeTrain(neuron(currents if bn is None else bn(currents)), neuron.timesteps)
 
 
 class SpikingNetwork(nn.Module):
@@ -44,14 +84,50 @@ class SpikingNetwork(nn.Module):
     def timesteps(self):
         return self.last_neuron.timesteps
 
+    backward = "unrolled"
+
     def forward(self, x):
-        return self.last_neuron.decode(self.spike(self.encode(x)).spikes)
+        train = self.spike(self.encode(x))
+        if train.representation is None:
+            return self.last_neuron.decode(train.values())
+        if train.representation.requires_grad:  # decoding spreads a gradient over time, by the same weights
+            train.representation.register_hook(lambda grad: grad * self.last_neuron.decoding_gain)
+        return train.representation
+
+    def compile_loops(self):
+        """Run the time loops of collapsed layers through torch.compile. RuntimeError without a compiler."""
+        torch._dynamo.config.recompile_limit = 64  # training, evaluation, a static image: each its own loop
+        torch._dynamo.config.specialize_float = True
+        loop = torch.compile(membrane, dynamic=True)
+        neurons = [module for module in self.modules() if hasattr(module, "loop")]
+        if neurons:
+            try:
+                like = neurons[0].Vth.detach()
+                loop([like.new_ones(2, 2)], [like.new_empty(2, 2)], like, like, 1.0, like, like)
+            except Exception as error:
+                raise RuntimeError(f"torch.compile does not work here: {error}".splitlines()[0]) from error
+        for neuron in neurons:
+            neuron.loop = loop
 
     def encode(self, x):
         """Static images repeat T times; event frames give one frame a step. -> train of (T*B, ...)."""
-        if x.dim() == 4:
-            return SpikeTrain(x.repeat(self.timesteps, 1, 1, 1))
-        if x.dim() != 5 or x.shape[1] != self.timesteps:
-            expected = f"images (B, 3, H, W) or event frames (B, {self.timesteps}, 2, H, W)"
+        T, static = self.timesteps, x.dim() == 4
+        if not static and (x.dim() != 5 or x.shape[1] != T):
+            expected = f"images (B, 3, H, W) or event frames (B, {T}, 2, H, W)"
             raise ValueError(f"the network takes {expected}, not a tensor of shape {tuple(x.shape)}")
-        return SpikeTrain(x.transpose(0, 1).flatten(0, 1))
+        if not self.collapsible(x):
+            return SpikeTrain(x.repeat(T, 1, 1, 1) if static else x.transpose(0, 1).flatten(0, 1), T)
+        mean = x if static else x.mean(1)
+        frames = x if static else x.transpose(0, 1).flatten(0, 1)
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        return SpikeTrain(frames, T, self.backward, None, mean, mean, static)
+
+    def collapsible(self, x):
+        """Whether the backward pass need not unroll time; for the gradient of x or a mask a step it must."""
+        if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
+            return False
+        drops = [m for m in self.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
+        if all(dropout.shared for dropout in drops):
+            return True
+        warnings.warn("dropout with a mask a time step: the backward pass unrolls time", stacklevel=2)
+        return False

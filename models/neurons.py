@@ -1,5 +1,7 @@
 """Neuron layers: the dynamics and the DSR gradient of `functional`, with a trainable threshold `Vth`."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -11,7 +13,9 @@ class Neuron(nn.Module):
 
     timesteps: T. Vth: initial threshold, in the unit of the currents. alpha: in (0, 1], fire at alpha*Vth.
     Vth_bound: lower bound of Vth. train_Vth: a parameter, or else a buffer. Vth_grad_scale: factor of the
-    gradient of Vth. Raises ValueError for settings out of range.
+    gradient of Vth. Raises ValueError for settings out of range. A subclass defines the map on
+    representations (`representation`, `clamp_zones`, `gain`, `Vth_gain`), the dynamics (`fire`, and for
+    collapsed layers `leak`: the factors of V and x_t in U) and the `amplitude` of a spike.
     """
 
     def __init__(
@@ -20,6 +24,8 @@ class Neuron(nn.Module):
         super().__init__()
         check_settings(timesteps=timesteps, Vth=Vth, alpha=alpha, Vth_bound=Vth_bound)
         self.timesteps, self.alpha = timesteps, alpha
+        self.loop = functional.membrane
+        self.observer = None  # called with the spikes of every forward pass
         self.Vth_bound, self.Vth_grad_scale = Vth_bound, Vth_grad_scale
         if train_Vth:
             self.Vth = nn.Parameter(torch.tensor(float(Vth)))
@@ -35,9 +41,13 @@ class Neuron(nn.Module):
             currents = currents.float()  # the potential sums up T currents: too much for half precision
         self.project_threshold()
         currents = currents.unflatten(0, (self.timesteps, -1))
-        if not torch.is_grad_enabled():  # nothing to differentiate: no need of the zones of the clamp
-            return self.fire(currents).flatten(0, 1)
-        return functional.DSR.apply(currents, self.Vth, self).flatten(0, 1)
+        if torch.is_grad_enabled():
+            spikes = functional.DSR.apply(currents, self.Vth, self)
+        else:  # nothing to differentiate: no need of the zones of the clamp
+            spikes = self.fire(currents)
+        if self.observer is not None:
+            self.observer(spikes)
+        return spikes.flatten(0, 1)
 
     def project_threshold(self):
         """Vth <- max(Vth, Vth_bound), on the parameter: a clamp in the graph would kill its gradient."""
@@ -46,6 +56,41 @@ class Neuron(nn.Module):
     def decode(self, spikes):
         """The representation of this layer's spikes: (T*B, ...) -> (B, ...), differentiable."""
         return self.representation(spikes.unflatten(0, (self.timesteps, -1)))
+
+    def simulate(self, y, static, scale, shift, dtype, needed):
+        """The spikes, 0 and 1 in `dtype`, (T*B, ...), that the currents scale*y + shift give; and moments.
+
+        y: (T*B, ...), or if `static` (B, ...) for every step. The moments, if needed, are the time mean and
+        the representation of y and the same of the output, amplitude included, each (B, ...).
+        """
+        T, layout = self.timesteps, torch.channels_last if y.dim() == 4 else torch.contiguous_format
+        shape = T * len(y) if static else len(y), *y.shape[1:]
+        spikes = torch.empty(shape, dtype=dtype, device=y.device, memory_format=layout)
+
+        def rows(x, T):  # the loop sees T matrices of neurons by channels, whatever the layer's shape
+            return x.movedim(1, -1).reshape(T, -1, x.shape[1]).unbind(0)
+
+        lam, kappa = self.leak
+        scale, shift = (kappa * v.flatten().expand(y.shape[1]) for v in (scale, shift))
+        settings = self.Vth, self.alpha * self.Vth, lam, scale, shift
+        weights = ([1.0] * T, *self.weights) if needed else ()
+        sums = self.loop(rows(y, 1 if static else T), rows(spikes, T), *settings, weights)
+        if self.observer is not None:
+            self.observer(spikes)
+        if not needed:
+            return spikes, None
+        one = spikes[: len(spikes) // T].movedim(1, -1).shape
+        (y_mean, mean), *weighted = [[x.view(one).movedim(-1, 1) for x in pair] for pair in sums]
+        y_mean, mean = y_mean / T, mean * (self.amplitude / T)
+        if not weighted:
+            return spikes, (y_mean, y_mean, mean, mean.clone())
+        y_repr, representation = weighted[0]
+        return spikes, (y_mean, y_repr, mean, representation * self.amplitude)
+
+    def moments(self, sequence):
+        """Time mean and representation: (T*B, ...) -> two of (B, ...)."""
+        steps = sequence.movedim(1, -1).unflatten(0, (self.timesteps, -1))  # contiguous if channels_last
+        return [x.movedim(-1, 1) for x in (functional.rate(steps), self.representation(steps))]
 
     def extra_repr(self):
         return f"timesteps={self.timesteps}, alpha={self.alpha}, Vth_bound={self.Vth_bound}"
@@ -60,6 +105,16 @@ class IFNeuron(Neuron):
     """
 
     gain = 1.0
+    leak = 1.0, 1.0
+    weights = ()
+
+    @property
+    def amplitude(self):
+        return self.Vth
+
+    @property
+    def decoding_gain(self):
+        return 1 / self.timesteps
 
     @property
     def Vth_gain(self):
@@ -91,6 +146,18 @@ class LIFNeuron(Neuron):
         super().__init__(**settings)
         check_settings(tau=tau, delta_t=delta_t)
         self.tau, self.delta_t = tau, delta_t
+        lam = math.exp(-delta_t / tau)
+        self.leak = lam, 1 - lam
+        weights = [lam**age for age in reversed(range(self.timesteps))]
+        self.weights = ([w / math.fsum(weights) for w in weights],)
+
+    @property
+    def amplitude(self):
+        return self.Vth / self.delta_t
+
+    @property
+    def decoding_gain(self):
+        return math.fsum(w * w for w in self.weights[0])
 
     @property
     def gain(self):

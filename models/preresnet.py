@@ -23,7 +23,7 @@ class BasicBlock(nn.Module):
     def forward(self, branches):
         first = spiking_layer(branches, self.bn1, self.relu1)
         second = spiking_layer([(self.conv1, first)], self.bn2, self.relu2)
-        return [(self.conv2, second.map(self.dropout)), (self.shortcut, first)]
+        return [(self.conv2, second.drop(self.dropout)), (self.shortcut, first)]
 
 
 class Bottleneck(nn.Module):
@@ -48,7 +48,7 @@ class Bottleneck(nn.Module):
         first = spiking_layer(branches, self.bn1, self.relu1)
         second = spiking_layer([(self.conv1, first)], self.bn2, self.relu2)
         third = spiking_layer([(self.conv2, second)], self.bn3, self.relu3)
-        return [(self.conv3, third.map(self.dropout)), (self.shortcut, first)]
+        return [(self.conv3, third.drop(self.dropout)), (self.shortcut, first)]
 
 
 def make_shortcut(in_channels, out_channels, stride):
@@ -97,6 +97,6 @@ class PreActResNet(SpikingNetwork):
         for stage in range(1, self.stages + 1):
             branches = getattr(self, f"layer{stage}")(branches)
         train = spiking_layer(branches, self.bn1, self.relu1)
-        train = spiking_layer([(self.pool, train)], None, self.relu2)
-        train = train.map(nn.Flatten()).map(self.dropout)
+        train = spiking_layer([(nn.Identity(), train.map(self.pool))], None, self.relu2)
+        train = train.map(nn.Flatten()).drop(self.dropout)
         return spiking_layer([(self.linear, train)], self.bn2, self.relu3)

@@ -2,6 +2,9 @@
 
 from functools import partial
 
+import torch
+from torch import nn
+
 from models.neurons import IFNeuron, LIFNeuron, ReLU
 from models.preresnet import BasicBlock, Bottleneck, PreActResNet
 from models.vgg import STAGES, VGG
@@ -10,6 +13,8 @@ from models.vgg import STAGES, VGG
 CIFAR_SETTINGS = dict(
     num_classes=10, timesteps=20, Vth=0.3, tau=1.0, delta_t=0.05, alpha=0.3, Vth_bound=0.0005
 )
+
+BACKWARDS = ("collapsed", "unrolled", "rate")
 
 WIDE = {
     "resnet18": partial(PreActResNet, BasicBlock, [2, 2, 2, 2], [64, 128, 256, 512]),
@@ -51,18 +56,23 @@ def create_model(
     train_Vth=True,
     dropout=None,
     Vth_grad_scale=None,
-    backward="unrolled",
+    backward="collapsed",
+    dropout_mask="step",
 ):
     """The network `name` of `list_models()`: images (B, 3, H, W) or event frames (B, T, 2, H, W) to logits.
 
     Every name takes every setting and ignores those that do not apply (an ANN all that concern neurons). None
-    stands for the default of the name's program; dropout: 0, VGG 0.1; Vth_grad_scale: 1. Raises ValueError
-    for an unknown name or backward pass, or for settings out of range.
+    stands for the default of the name's program; dropout: 0, VGG 0.1; Vth_grad_scale: 1. backward:
+    "collapsed" (exact, see `collapsed`), "unrolled" (the same, literally) or "rate" (an approximation).
+    dropout_mask: "step", as published, under which training unrolls time, or "shared" by all time steps.
+    Raises ValueError for an unknown name, backward pass or mask, or for settings out of range.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(list_models())}")
-    if backward != "unrolled":
-        raise ValueError(f"unknown backward {backward!r}; choose from: unrolled")
+    if backward not in BACKWARDS:
+        raise ValueError(f"unknown backward {backward!r}; choose from: {', '.join(BACKWARDS)}")
+    if dropout_mask not in ("step", "shared"):
+        raise ValueError(f"unknown dropout_mask {dropout_mask!r}; choose from: step, shared")
     network, kind = NETWORKS[name]
     given = dict(timesteps=timesteps, Vth=Vth, tau=tau, delta_t=delta_t, alpha=alpha, Vth_bound=Vth_bound)
     given = {key: value for key, value in dict(given, num_classes=num_classes).items() if value is not None}
@@ -71,7 +81,12 @@ def create_model(
     if dropout is None:
         dropout = 0.1 if name.startswith("vgg.") else 0.0
     settings.update(train_Vth=train_Vth, Vth_grad_scale=1.0 if Vth_grad_scale is None else Vth_grad_scale)
-    return network(activation=activation_factory(kind, settings), num_classes=classes, dropout=dropout)
+    model = network(activation=activation_factory(kind, settings), num_classes=classes, dropout=dropout)
+    model.backward = "unrolled" if kind == "ann" else backward
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.shared = dropout_mask == "shared"
+    return model if model.backward == "unrolled" else model.to(memory_format=torch.channels_last)
 
 
 def activation_factory(kind, settings):

@@ -59,6 +59,8 @@ class VGG(SpikingNetwork):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 bn, neuron = next(modules), next(modules)
                 train = spiking_layer([(module, train)], bn, neuron)
+            elif isinstance(module, nn.Dropout):
+                train = train.drop(module)
             else:
                 train = train.map(module)
         return train

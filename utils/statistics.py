@@ -20,19 +20,21 @@ def count_spikes(model):
     """While open, counts (spikes, opportunities to spike) of each layer for `firing_rates`."""
     counts = {}
 
-    def hook_for(name):
-        def count(neuron, inputs, spikes):
+    def counter(name):
+        def count(spikes):
             fired, possible = counts.get(name, (0, 0))
             counts[name] = fired + spikes.count_nonzero(), possible + spikes.numel()
 
         return count
 
-    handles = [neuron.register_forward_hook(hook_for(name)) for name, neuron in neuron_layers(model)]
+    neurons = dict(neuron_layers(model))
+    for name, neuron in neurons.items():
+        neuron.observer = counter(name)
     try:
         yield counts
     finally:
-        for handle in handles:
-            handle.remove()
+        for neuron in neurons.values():
+            neuron.observer = None
 
 
 def firing_rates(counts):

@@ -61,12 +61,18 @@ def show(bar, metrics, n):
         )
 
 
-def train_epoch(model, loader, optimizer, schedule, device, title):
+def autocast(device, precision):
+    """ "bf16": spikes, and the convolutions that take them, in bfloat16; all else stays as it is."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def train_epoch(model, loader, optimizer, schedule, device, title, precision="fp32"):
     """One pass over the training set, one optimizer and schedule step a batch. -> Result"""
     model.train()
     metrics = Metrics(device)
     for bar, images, labels in batches(loader, device, title):
-        logits = model(images)
+        with autocast(device, precision):
+            logits = model(images)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -80,13 +86,14 @@ def train_epoch(model, loader, optimizer, schedule, device, title):
 
 
 @torch.no_grad()
-def evaluate(model, loader, device):
+def evaluate(model, loader, device, precision="fp32"):
     """One pass over the test set, without gradients. -> Result, layer -> firing rate"""
     model.eval()
     metrics = Metrics(device)
     with count_spikes(model) as counts:
         for bar, images, labels in batches(loader, device, "test"):
-            logits = model(images)
+            with autocast(device, precision):
+                logits = model(images)
             metrics.add(F.cross_entropy(logits, labels), logits, labels)
             show(bar, metrics, len(labels))
     return metrics.result(), firing_rates(counts)
@@ -144,10 +151,9 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
     for epoch in range(first_epoch, args.epochs):
         torch.manual_seed(mix_seed(args.manualSeed, epoch))  # dropout too goes by (seed, epoch)
         train_loader.sampler.set_epoch(epoch)
-        train = train_epoch(
-            model, train_loader, optimizer, schedule, device, f"epoch {epoch + 1}/{args.epochs}"
-        )
-        test, rates = evaluate(model, test_loader, device)
+        title = f"epoch {epoch + 1}/{args.epochs}"
+        train = train_epoch(model, train_loader, optimizer, schedule, device, title, args.precision)
+        test, rates = evaluate(model, test_loader, device, args.precision)
         best = test.top1 > best_acc
         best_acc = max(best_acc, test.top1)
         lr = args.lr * cosine(epoch, args.epochs)

@@ -41,11 +41,14 @@ def assert_close_to(figures, tensor):
     assert got == pytest.approx([norm, *head], rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("backward", ["unrolled", "collapsed"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network(name, float64):
+def test_network(name, backward, float64):
     case = NETWORKS[name]
     settings = {key: case["setting"][key] for key in SETTINGS}
-    model = create_model(case["model"], num_classes=case["num_classes"], dropout=0.0, **settings)
+    model = create_model(
+        case["model"], num_classes=case["num_classes"], dropout=0.0, backward=backward, **settings
+    )
     assert {key: list(entry.shape) for key, entry in model.state_dict().items()} == case["keys"]
     assert list(model.state_dict()) == list(case["keys"])  # an official optimizer state goes by this order
     golden.fill(model, case["seed"])

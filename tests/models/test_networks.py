@@ -88,6 +88,8 @@ def test_unknown_names_are_refused():
         create_model("resnet18")
     with pytest.raises(ValueError, match="unrolled"):
         create_model("preresnet.resnet20_if", backward="sideways")
+    with pytest.raises(ValueError, match="shared"):
+        create_model("vgg.vgg11_if", dropout_mask="none")
 
 
 def imported(path):

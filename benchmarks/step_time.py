@@ -1,0 +1,289 @@
+"""Time and peak memory of a training step, and of inference, side by side in one process.
+
+    python benchmarks/step_time.py --model preresnet.resnet18_lif --timesteps 5 20 --batch 8
+    python benchmarks/step_time.py --inference --batch 50
+    python benchmarks/step_time.py --sweep sweep.png --timesteps 5 10 20 40
+
+Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`, `collapsed`, `rate` (an
+approximation), each of our own with `-bf16` and `-compile`, `ann` (ReLUs, one time step), and `floor` (the
+forward convolutions of all T steps, alone, into preallocated outputs). They take turns, step by step; a
+figure is the median. Peak memory is that of a process of its own: VmHWM, or max_memory_allocated on a GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext, suppress
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import create_model, registry  # noqa: E402
+
+VARIANTS = [
+    "peer", "unrolled", "unrolled-bf16", "collapsed", "collapsed-compile", "collapsed-bf16",
+    "collapsed-bf16-compile", "rate", "rate-bf16", "rate-compile", "rate-bf16-compile", "ann", "floor",
+]  # fmt: skip
+
+
+class Peer(nn.Module):
+    """SpikingJelly's DSR neuron in the place of one of ours."""
+
+    def __init__(self, kind, settings):
+        super().__init__()
+        from spikingjelly.activation_based import neuron
+
+        self.timesteps, self.decode = (
+            settings["timesteps"],
+            registry.activation_factory(kind, settings)().decode,
+        )
+        own = dict(
+            T=self.timesteps, v_threshold=settings["Vth"], v_threshold_lower_bound=settings["Vth_bound"]
+        )
+        node, leak = neuron.DSRIFNode, {}
+        if kind == "lif":
+            node, leak = neuron.DSRLIFNode, {key: settings[key] for key in ("tau", "delta_t")}
+        self.node = node(**own, **leak, alpha=settings["alpha"])
+
+    def forward(self, x):
+        return self.node(x.unflatten(0, (self.timesteps, -1))).flatten(0, 1)
+
+
+def build(variant, args, timesteps):
+    """The network of a variant."""
+    settings = registry.CIFAR_SETTINGS | dict(timesteps=timesteps)
+    family, kind = args.model.rsplit("_", 1)
+    torch.manual_seed(0)
+    if variant == "ann":
+        return create_model(family + "_ann").to(args.device)
+    if variant == "peer":
+        network, _ = registry.NETWORKS[args.model]
+        del settings["num_classes"]
+        return network(activation=partial(Peer, kind, settings), num_classes=10, dropout=0.0).to(args.device)
+    model = create_model(args.model, **settings, dropout=0.0, backward=variant.split("-")[0])
+    if variant.endswith("-compile"):
+        model.compile_loops()
+    return model.to(args.device)
+
+
+def step(variant, args, timesteps):
+    """A function that does one training step (or a forward pass, with --inference) of the variant."""
+    torch.manual_seed(1)
+    shape = (timesteps, 2, 48, 48) if args.model.startswith("vgg") else (3, 32, 32)
+    x = torch.randn(args.batch, *shape, device=args.device)
+    labels = torch.randint(10, (args.batch,), device=args.device)
+    if variant == "floor":
+        return floor(args, timesteps, x)
+    model = build(variant, args, timesteps)
+    autocast = partial(torch.autocast, args.device, torch.bfloat16) if "bf16" in variant else nullcontext
+    if args.inference:
+        model.eval()
+
+        def run():
+            with torch.no_grad(), autocast():
+                model(x)
+
+        return run
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+
+    def run():
+        with autocast():
+            loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def floor(args, timesteps, x):
+    """The convolutions of all steps (the stem's of one, if the image is static), channels_last."""
+    model, calls = create_model(args.model, timesteps=timesteps, dropout=0.0, backward="unrolled"), []
+    first = model.layer1[0] if args.model.startswith("vgg") else model.conv1
+
+    def record(conv, inputs, output):
+        rows = args.batch if conv is first and x.dim() == 4 else timesteps * args.batch
+        shape = rows, *inputs[0].shape[1:]
+        calls.append((conv, shape, (rows, *output.shape[1:])))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(record)
+    with torch.no_grad():
+        model(x[:1].cpu())
+    layout = dict(device=args.device, memory_format=torch.channels_last)
+    calls = [
+        (c.to(args.device), torch.empty(i, **layout).normal_(), torch.empty(o, **layout)) for c, i, o in calls
+    ]
+
+    @torch.no_grad()
+    def run():
+        for conv, x, out in calls:
+            geometry = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+            torch.ops.aten.convolution.out(x, conv.weight, conv.bias, *geometry, out=out)
+
+    return run
+
+
+def synchronize(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def measure(variants, args, timesteps):
+    """variant -> median seconds; the variants take turns."""
+    steps = {variant: step(variant, args, timesteps) for variant in variants}
+    times = {variant: [] for variant in variants}
+    for repeat in range(-args.warmup, args.repeats):
+        for variant, run in steps.items():
+            synchronize(args.device)
+            start = time.perf_counter()
+            run()
+            synchronize(args.device)
+            if repeat >= 0:
+                times[variant].append(time.perf_counter() - start)
+    return {variant: statistics.median(seconds) for variant, seconds in times.items()}
+
+
+def peak_memory(variant, args, timesteps):
+    """Peak bytes of two steps in a process of their own."""
+    command = [
+        sys.executable,
+        __file__,
+        "--model",
+        args.model,
+        "--batch",
+        str(args.batch),
+        "--device",
+        args.device,
+    ]
+    command += ["--timesteps", str(timesteps), "--peak", variant] + ["--inference"] * args.inference
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak(variant, args):
+    run = step(variant, args, args.timesteps[0])
+    run(), run()
+    if args.device.startswith("cuda"):
+        print(torch.cuda.max_memory_allocated())
+        return
+    status = Path("/proc/self/status").read_text()
+    print(1024 * int(status.split("VmHWM:")[1].split()[0]))
+
+
+def machine(device):
+    """What the figures depend on, in a line."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        info = Path("/proc/cpuinfo").read_text()
+        name = (
+            info.split("model name")[1].split(":")[1].split("\n")[0].strip() if "model name" in info else name
+        )
+        name += "".join(f", {flag}" for flag in ("avx512_bf16", "amx_bf16") if flag in info)
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name() + "; " + name
+    malloc = {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "LD_PRELOAD"))}
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    with suppress(metadata.PackageNotFoundError):
+        versions += f", spikingjelly {metadata.version('spikingjelly')}"
+    allocator = " ".join(f"{k}={v}" for k, v in malloc.items()) or "malloc as the system has it"
+    return f"{name}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}; {allocator}"
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="preresnet.resnet18_lif")
+    parser.add_argument("--timesteps", type=int, nargs="+", default=[20])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, metavar="NAME")
+    parser.add_argument("--inference", action="store_true", help="eval-mode forward passes in place of steps")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--sweep", help="also draw time and memory against T into this picture")
+    parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
+    return parser
+
+
+def draw(rows, args):
+    """Time a step and peak memory above the ANN's, against T."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        T = [row["timesteps"] for row in own]
+        axes[0].plot(T, [row["seconds"] for row in own], "o-", label=variant)
+        if all(row.get("above_ann") is not None for row in own):
+            axes[1].plot(T, [row["above_ann"] / 1e6 for row in own], "o-", label=variant)
+    axes[0].set(xlabel="time steps T", ylabel="seconds a step", ylim=(0, None))
+    axes[1].set(xlabel="time steps T", ylabel="peak memory above the ANN's (MB)", ylim=(0, None))
+    axes[0].legend()
+    figure.suptitle(f"{args.model}, batch {args.batch}, {args.device}")
+    figure.savefig(args.sweep, dpi=120)
+    print(f"picture: {args.sweep}")
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    if args.peak:
+        print_peak(args.peak, args)
+        return
+    variants = [v for v in args.variants if not (v == "ann" and args.model.startswith("vgg"))]
+    if "peer" in variants:
+        try:
+            import spikingjelly.activation_based.neuron  # noqa: F401
+        except ImportError:
+            print("spikingjelly is not installed: no peer")
+            variants.remove("peer")
+    print(machine(args.device))
+    rows = []
+    for T in args.timesteps:
+        what = "inference" if args.inference else "training step"
+        print(f"\n{args.model}, {what}, T={T}, batch {args.batch}: median of {args.repeats}")
+        seconds = measure(variants, args, T)
+        memory = {}
+        if not args.no_memory:
+            memory = {variant: peak_memory(variant, args, T) for variant in variants if variant != "floor"}
+        print(f"| {'variant':22} | seconds | images/s | x peer | x floor | MB above the ANN |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for variant in variants:
+            t = seconds[variant]
+            above = memory[variant] - memory["ann"] if variant in memory and "ann" in memory else None
+            rows.append(
+                dict(timesteps=T, variant=variant, seconds=t, peak=memory.get(variant), above_ann=above)
+            )
+            peer = f"{seconds['peer'] / t:6.2f}" if "peer" in seconds else ""
+            base = f"{t / seconds['floor']:6.2f}" if "floor" in seconds else ""
+            mb = "" if above is None else f"{above / 1e6:6.0f}"
+            print(
+                f"| {variant:22} | {t:7.3f} | {args.batch / t:8.1f} | {peer:6} | {base:7} | {mb:16} |",
+                flush=True,
+            )
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps(dict(machine=machine(args.device), args=vars(args), rows=rows), indent=1)
+        )
+    if args.sweep:
+        draw(rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""The collapsed backward pass against the unrolled one, in float64, wherever a network can take it."""
+
+import copy
+import itertools
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import IFNeuron, LIFNeuron, create_model
+from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
+from utils.statistics import count_spikes, firing_rates
+
+SETTINGS = dict(Vth=0.4, alpha=0.4, delta_t=0.3, tau=1.7)
+KINDS = {"if": IFNeuron, "lif": LIFNeuron}
+
+
+class Net(SpikingNetwork):
+    """What the published networks do not combine: a batch norm in a branch, and layers without one."""
+
+    def __init__(self, neuron, T, static=True, train_Vth=True):
+        super().__init__()
+        settings = dict(timesteps=T, train_Vth=train_Vth, Vth=0.4, alpha=0.4)
+        make = {
+            "if": lambda: IFNeuron(**settings),
+            "lif": lambda: LIFNeuron(**settings, delta_t=0.3, tau=1.7),
+        }
+        self.stem = nn.Conv2d(3 if static else 2, 4, 3, padding=1, bias=False)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(4, 6, 3, stride=2, padding=1),
+            nn.Conv2d(6, 6, 3, padding=1, groups=2),
+        )
+        self.down = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
+        self.bn0, self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)
+        self.hidden, self.head, self.bn3 = nn.Linear(6, 7), nn.Linear(7, 5, bias=False), nn.BatchNorm1d(5)
+        self.n0, self.n1, self.n2, self.n3, self.n4, self.n5 = (make[neuron]() for _ in range(6))
+
+    @property
+    def last_neuron(self):
+        return self.n5
+
+    def spike(self, train):
+        first = spiking_layer([(self.stem, train)], self.bn0, self.n0)
+        second = spiking_layer([(self.conv1, first)], self.bn1, self.n1)
+        train = spiking_layer(
+            [(self.conv2, second), (self.down, first), (nn.Identity(), second)], self.bn2, self.n2
+        )
+        train = spiking_layer([(nn.Identity(), train.map(nn.AdaptiveAvgPool2d(1)))], None, self.n3)
+        train = spiking_layer([(self.hidden, train.map(nn.Flatten()))], None, self.n4)
+        return spiking_layer([(self.head, train)], self.bn3, self.n5)
+
+
+def randomize(model, seed=0):
+    """Affine parameters and thresholds with which all zones of the clamp occur."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("Vth"):
+            parameter.data *= 0.6 + torch.rand(())
+        elif parameter.dim() == 1:
+            parameter.data += 0.4 * torch.randn_like(parameter)
+
+
+def zones(model, x):
+    """Whether elements below, within and above the clamp occur in the layers of the unrolled network."""
+    seen = torch.zeros(3, dtype=torch.long)
+
+    def watch(neuron, inputs, _):
+        r = neuron.representation(inputs[0].unflatten(0, (neuron.timesteps, -1)))
+        inside, above = neuron.clamp_zones(r)
+        seen.add_(torch.stack([(~inside & ~above).sum(), inside.sum(), above.sum()]))
+
+    watched = copy.deepcopy(model)
+    watched.backward = "unrolled"
+    for module in watched.modules():
+        if hasattr(module, "clamp_zones"):
+            module.register_forward_hook(watch)
+    watched(x)
+    return seen
+
+
+def assert_same(model, x, other="collapsed", backward_passes=1):
+    """Logits, gradients and buffers of the model under both backward passes; returns both models."""
+    labels = torch.arange(len(x)) % 5
+    pair = copy.deepcopy(model), copy.deepcopy(model)
+    for net, backward in zip(pair, ("unrolled", other)):
+        net.backward = backward
+        for _ in range(backward_passes):
+            logits = net(x)
+            F.cross_entropy(logits, labels).backward()
+        net.logits = logits.detach()
+    unrolled, collapsed = pair
+    torch.testing.assert_close(collapsed.logits, unrolled.logits, rtol=0, atol=1e-12)
+    largest = max(p.grad.norm() for p in unrolled.parameters())
+    assert largest > 1e-6
+    for (name, p), q in zip(unrolled.named_parameters(), collapsed.parameters()):
+        # A bias before a batch norm has a gradient of zero: rounding apart.
+        error, scale = (p.grad - q.grad).norm(), p.grad.norm()
+        assert error <= 1e-9 * scale or error <= 1e-13 * largest, f"{name}: {error} of {scale}"
+    for (name, p), q in zip(unrolled.named_buffers(), collapsed.buffers()):
+        torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-12, msg=name)
+    return pair
+
+
+@pytest.mark.parametrize(("kind", "T", "B"), [*itertools.product(KINDS, (1, 2, 5, 20), (2, 3))])
+def test_narrow_resnet(kind, T, B, float64):
+    settings = SETTINGS | dict(num_classes=5, timesteps=T)
+    model = create_model(f"preresnet.resnet20_{kind}", **settings)
+    randomize(model, seed=T)
+    x = torch.randn(B, 3, 32, 32)
+    assert (zones(model, x) > 0).all()
+    assert_same(model, x)
+
+
+@pytest.mark.parametrize(
+    "name", ["preresnet.resnet18_if", "preresnet.resnet50_lif", "vgg.vgg11_lif", "vgg.vgg11_if"]
+)
+def test_wide_networks(name, float64):
+    model = create_model(name, num_classes=5, timesteps=2, dropout=0.0, **SETTINGS | dict(Vth=0.3, alpha=0.3))
+    randomize(model)
+    assert_same(model, torch.randn(2, 3, 32, 32) if "resnet" in name else 3 * torch.rand(2, 2, 2, 48, 48))
+
+
+@pytest.mark.parametrize(("kind", "static", "T"), [*itertools.product(KINDS, (True, False), (1, 4))])
+def test_every_kind_of_branch(kind, static, T, float64):
+    model = Net(kind, T, static)
+    randomize(model)
+    x = torch.randn(3, 3, 9, 11) if static else torch.rand(3, T, 2, 9, 11)
+    assert (zones(model, x) > 0).all()
+    assert_same(model, x, backward_passes=2)  # whose gradients add up
+
+
+def freeze(model, norms):
+    for norm in norms:
+        norm.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_batch_norms_and_thresholds(kind, float64):
+    model = Net(kind, 4)
+    randomize(model)
+    x = torch.randn(3, 3, 9, 9)
+    model(x)
+    assert_same(copy.deepcopy(model).eval(), x)
+    assert_same(freeze(copy.deepcopy(model), [model.bn2, model.bn0]), x)
+    assert_same(freeze(copy.deepcopy(model), [copy.deepcopy(model).down[1]]), x)
+    for norms in (["down.1"], ["bn2"], ["bn2", "down.1"], ["bn0", "bn1", "bn3"]):
+        frozen = copy.deepcopy(model)
+        assert_same(freeze(frozen, [frozen.get_submodule(name) for name in norms]), x)
+    fixed = Net(kind, 4, train_Vth=False)
+    randomize(fixed)
+    assert_same(fixed, x)
+
+
+def test_two_forward_passes_before_one_backward(float64):
+    model, x = Net("lif", 3), torch.randn(2, 2, 3, 8, 8)
+    randomize(model)
+    grads = []
+    for backward in ("unrolled", "collapsed"):
+        net = copy.deepcopy(model)
+        net.backward = backward
+        (net(x[0]).square().sum() + net(x[1]).square().sum()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-11 * grads[0].norm().item())
+
+
+def test_frozen_weights_get_no_gradient(float64):
+    model, x = Net("if", 3), torch.randn(2, 3, 8, 8)
+    model.conv1.requires_grad_(False)
+    model.down.requires_grad_(False)
+    model.backward = "collapsed"
+    model(x).square().sum().backward()
+    assert model.conv1.weight.grad is None and model.down[1].weight.grad is None
+    assert model.stem.weight.grad.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_and_firing_rates(kind, float64):
+    model = create_model(f"preresnet.resnet20_{kind}", num_classes=5, timesteps=4, **SETTINGS).eval()
+    x, results = torch.randn(3, 3, 32, 32), []
+    for model.backward in ("unrolled", "collapsed"):
+        with torch.no_grad(), count_spikes(model) as counts:
+            logits = model(x)
+        assert not logits.requires_grad
+        results.append((logits, firing_rates(counts)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=1e-12)
+    assert results[0][1] == results[1][1] and max(results[0][1].values()) > 0
+
+
+def test_float32_logits_agree_but_where_a_spike_flipped():
+    model = create_model("preresnet.resnet20_lif", num_classes=5, timesteps=5, **SETTINGS).eval()
+    x, logits = torch.randn(32, 3, 32, 32), []
+    for model.backward in ("unrolled", "collapsed"):
+        with torch.no_grad():
+            logits.append(model(x))
+    flipped = ((logits[1] - logits[0]).abs() > 1e-4).any(1).sum().item()
+    assert flipped <= 16  # one rounding may flip a spike, and that spike others
+
+
+def saved_bytes(model, x):
+    total = 0
+
+    def pack(tensor):
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return total
+
+
+def test_nothing_of_size_T_is_kept_for_the_backward_pass():
+    x, kept = torch.randn(2, 3, 32, 32), {}
+    for backward, T in itertools.product(("unrolled", "collapsed"), (2, 8)):
+        model = create_model("preresnet.resnet20_lif", timesteps=T, backward=backward)
+        kept[backward, T] = saved_bytes(model, x)
+    assert kept["collapsed", 8] == kept["collapsed", 2] < kept["unrolled", 2]
+    assert kept["unrolled", 8] > 3 * kept["unrolled", 2]
+
+
+def test_rate_leaves_out_Q_of_the_convolutions_alone(float64):
+    """The head's gradient stays exact; a convolution's becomes T*corr(m, Gm), which is exact where T = 1."""
+    for T in (1, 5):
+        model = create_model("preresnet.resnet20_lif", num_classes=5, timesteps=T, **SETTINGS)
+        randomize(model)
+        x, grads = torch.randn(4, 3, 32, 32), []
+        for model.backward in ("unrolled", "rate"):
+            model.zero_grad()
+            F.cross_entropy(model(x), torch.arange(4)).backward()
+            grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        torch.testing.assert_close(grads[1]["linear.weight"], grads[0]["linear.weight"])
+        exact, rate = (grad["layer3.2.conv1.weight"].flatten() for grad in grads)
+        cosine = F.cosine_similarity(exact, rate, dim=0).item()
+        assert cosine == pytest.approx(1.0, abs=1e-9) if T == 1 else 0.8 < cosine < 1 - 1e-6
+
+
+def test_bfloat16_spikes_under_autocast():
+    """Weights of -1, 0, 1 on spikes of 0 and 1 add up exactly in bfloat16: the same spikes as in float32."""
+    torch.manual_seed(0)
+    conv, bn, neuron = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), LIFNeuron(timesteps=5, delta_t=0.2)
+    conv.weight.data = torch.randint(-1, 2, conv.weight.shape).float()
+    spikes, results = torch.rand(5 * 8, 4, 9, 9) < 0.2, []
+    for dtype in (torch.float32, torch.bfloat16):
+        r = spikes.unflatten(0, (5, 8)).float().mean(0).requires_grad_()
+        train = SpikeTrain(spikes.to(dtype), 5, "collapsed", torch.tensor(1.0), r.detach(), r)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = spiking_layer([(conv, train)], bn, neuron)
+        grad = torch.randn(out.representation.shape, generator=torch.Generator().manual_seed(0))
+        grads = torch.autograd.grad(out.representation, [r, bn.weight, neuron.Vth, conv.weight], grad)
+        assert out.spikes.dtype == dtype and out.representation.dtype == torch.float32
+        results.append((out.spikes.float(), out.representation, *grads))
+    *exact, weight = results[0]
+    *same, rounded = results[1]
+    torch.testing.assert_close(same, exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rounded, weight, rtol=0, atol=0.01 * weight.abs().max().item())
+    assert not torch.equal(rounded, weight)
+
+
+def test_networks_train_in_bfloat16():
+    model = create_model("preresnet.resnet20_lif", num_classes=5, timesteps=5, Vth=0.3, delta_t=0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(8, 3, 32, 32))
+    F.cross_entropy(logits, torch.arange(8) % 5).backward()
+    assert logits.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_shared_dropout_mask_collapses_and_a_mask_a_step_falls_back(float64):
+    frames = 3 * torch.rand(2, 3, 2, 48, 48)
+    settings = SETTINGS | dict(num_classes=5, timesteps=3, dropout=0.3)
+    model = create_model("vgg.vgg11_lif", dropout_mask="shared", **settings)
+    grads = []
+    for model.backward in ("unrolled", "collapsed"):
+        torch.manual_seed(0)
+        model.zero_grad()
+        F.cross_entropy(model(frames), torch.tensor([0, 1])).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-10 * grads[0].norm().item())
+    model = create_model("vgg.vgg11_lif", **settings)
+    with pytest.warns(UserWarning, match="unrolls time"):
+        assert model.encode(frames).backward == "unrolled"
+    assert model.eval().encode(frames).backward == "collapsed"
+
+
+def test_gradient_of_the_images(float64):
+    """For an attack, say: autograd then unrolls time."""
+    model, x = Net("if", 3), torch.randn(2, 3, 8, 8)
+    randomize(model)
+    grads = []
+    for model.backward in ("unrolled", "collapsed"):
+        image = x.clone().requires_grad_()
+        model(image).square().sum().backward()
+        grads.append(image.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    assert grads[0].any()
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a compiler"
+)
+def test_compiled_loops(float64):
+    model, x = Net("lif", 3), torch.randn(2, 3, 8, 8)
+    randomize(model)
+    model.backward = "collapsed"
+    compiled = copy.deepcopy(model)
+    compiled.compile_loops()
+    logits = [net(x) for net in (model, compiled)]
+    for output in logits:
+        output.square().sum().backward()
+    torch.testing.assert_close(logits[1], logits[0])
+    for p, q in zip(model.parameters(), compiled.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-10)
