@@ -13,7 +13,7 @@ from models.neurons import ReLU
 from models.registry import BACKWARDS, CIFAR_SETTINGS
 from utils import checkpoint
 from utils.cli import Parser, UserError, choose_device, number
-from utils.data import DATASETS, load_data, test_loader, train_loader
+from utils.data import DATASETS, EVENT_DATASETS, load_data, test_loader, train_loader
 from utils.records import RunFiles
 from utils.training import evaluate, fit, load_optimizer, make_optimizer
 
@@ -83,10 +83,12 @@ def main(argv, description, lr):
         )
     if args.nesterov and not args.momentum:
         raise UserError("--nesterov needs a --momentum above 0")
-    if args.model.startswith("vgg."):
+    if args.model.startswith("vgg.") and args.dataset not in EVENT_DATASETS:
         raise UserError(
             f"{args.model} takes event frames, --dataset {args.dataset} holds images; use preresnet.*"
         )
+    if args.dataset in EVENT_DATASETS and not args.model.startswith("vgg."):
+        raise UserError(f"{args.model} takes images, --dataset {args.dataset} holds event frames; use vgg.*")
     files = RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
     resumed, source = checkpoint.resume(args.resume, files)
     earlier = resumed["args"] if resumed else {}
@@ -97,7 +99,7 @@ def main(argv, description, lr):
 
     torch.manual_seed(args.manualSeed)
     torch.backends.cudnn.benchmark = True
-    data = load_data(args.dataset, args.path)
+    data = load_data(args.dataset, args.path, args.timesteps)
     print(f"data: {args.dataset}, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
     model = build_model(args, data.classes).to(device)
     loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")

@@ -12,15 +12,15 @@ import torch
 from utils.cli import UserError
 
 
-def make_folder(folder):
-    """Make sure that files can be written to `folder`, or raise UserError."""
+def make_folder(folder, flag="--checkpoint"):
+    """Make sure that files can be written to `folder`, which `flag` chooses, or raise UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         reason = f"cannot write to {folder} ({error.strerror})"
-        raise UserError(f"{reason}; choose another --checkpoint") from None
+        raise UserError(f"{reason}; choose another {flag}") from None
 
 
 def save(content, path, write=torch.save):

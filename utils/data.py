@@ -1,4 +1,4 @@
-"""Image data sets. Every random choice about a sample is a function of (seed, epoch, sample index) alone."""
+"""Data sets. Every random choice about a sample is a function of (seed, epoch, sample index) alone."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,16 +20,19 @@ NORMALIZE = {
 
 
 class Data(NamedTuple):
-    """A training and a test set of (image tensor, label), and the number of classes."""
+    """A training and a test set of (image or event frames, label), and the number of classes."""
 
     train: Dataset
     test: Dataset
     classes: int
 
 
-def load_data(name, path):
-    """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole."""
-    return DATASETS[name](Path(path))
+def load_data(name, path, timesteps=None):
+    """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole.
+
+    Of event recordings there are `timesteps` frames each.
+    """
+    return DATASETS[name](Path(path), *([timesteps] if name in EVENT_DATASETS else []))
 
 
 def cifar(path, dataset):
@@ -115,11 +118,20 @@ def digits(path):
     return Data(Digits(train_images, train_labels, augment), Digits(test_images, test_labels, finish), 10)
 
 
+def cifar10dvs(path, timesteps):
+    """DVS-CIFAR10. Imported on demand: no other data set needs what it needs."""
+    from utils import events
+
+    return Data(*events.cifar10dvs(path, timesteps))
+
+
+EVENT_DATASETS = {"CIFAR10DVS": cifar10dvs}
 DATASETS = {
     "cifar10": lambda path: cifar(path, datasets.CIFAR10),
     "cifar100": lambda path: cifar(path, datasets.CIFAR100),
     "imagefolder": imagefolder,
     "digits": digits,
+    **EVENT_DATASETS,
 }
 
 

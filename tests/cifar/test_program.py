@@ -268,6 +268,8 @@ MISTAKES = {
     "--model preresnet.resnet20_ann --train-batch 1": "--train-batch",
     "--no-such-flag 1": "--no-such-flag",
     "--model vgg.vgg11_lif": "event frames",
+    "--dataset CIFAR10DVS": "event frames",
+    "--dataset CIFAR10DVS --model vgg.vgg11_lif": "airplane.zip",
     "--manualSeed 99999999999999999999": "--manualSeed",
     "--evaluate --rate_stat 1 --checkpoint {tmp}/file/below": "--checkpoint",
     "--evaluate --rate_stat 1 --model preresnet.resnet20_ann": "ANN",
