@@ -1,7 +1,6 @@
 """What the CIFAR programs share: the published flags, and one run from flags to files."""
 
 import random
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from cifar.presets import PRESETS
 from models import create_model, list_models
 from models.neurons import ReLU
 from models.registry import BACKWARDS, CIFAR_SETTINGS
-from utils import checkpoint
-from utils.cli import Parser, UserError, choose_device, number
+from models.synchronized import synchronize
+from utils import checkpoint, distributed
+from utils.cli import Parser, UserError, choose_device, number, warn
 from utils.data import DATASETS, EVENT_DATASETS, load_data, test_loader, train_loader
 from utils.records import RunFiles
 from utils.training import evaluate, fit, load_optimizer, make_optimizer
@@ -23,7 +23,7 @@ count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 
 
-def get_parser(description, lr):
+def get_parser(description, lr, processes=False):
     """The published flags with their defaults, and ours: --preset, --device and those behind it."""
     parser = Parser(PRESETS, description=description)
     add = parser.add_argument
@@ -68,13 +68,21 @@ def get_parser(description, lr):
     text = "a mask a time step, as published (training then unrolls time), or one shared by all"
     add("--dropout_mask", choices=("step", "shared"), default="step", help=text)
     add("--compile", action="store_true", help="run the time loops through torch.compile")
+    scale = "factor of the thresholds' gradient"
+    add("--Vth_grad_scale", type=positive, default=1.0, help=scale)
+    if processes:
+        add("--sync_bn", action="store_true", help="batch norm over the batches of all processes")
+        add("--local_rank", "--local-rank", type=int, help="set by the launcher")
     return parser
 
 
-def main(argv, description, lr):
-    """Train or evaluate as the flags say. Raises UserError for what the user can mend."""
-    args = get_parser(description, lr).parse(argv)
+def main(argv, description, lr, processes=False):
+    """Train or evaluate as the flags say, in one process or several. Raises UserError."""
+    args = get_parser(description, lr, processes).parse(argv)
     device = choose_device(args.device)
+    if processes:
+        del args.local_rank  # the environment holds it as well
+        device = distributed.join(device)
     if "/" in args.name or "\\" in args.name:
         raise UserError(f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
     if args.Vth < args.Vth_bound:
@@ -92,14 +100,22 @@ def main(argv, description, lr):
     files = RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
     resumed, source = checkpoint.resume(args.resume, files)
     earlier = resumed["args"] if resumed else {}
+    distributed.agree(args)
+    if args.train_batch % distributed.world_size():
+        n = distributed.world_size()
+        raise UserError(
+            f"--train-batch {args.train_batch} is the total of {n} processes: give a multiple of {n}"
+        )
     if args.manualSeed is None:
-        args.manualSeed = earlier.get("manualSeed", random.randint(1, 10000))
+        args.manualSeed = earlier.get("manualSeed", distributed.share(random.randint(1, 10000)))
     compare_settings(args, earlier, source)
-    args.started = earlier.get("started") if resumed else datetime.now().isoformat(timespec="microseconds")
+    now = distributed.share(datetime.now().isoformat(timespec="microseconds"))
+    args.started = earlier.get("started") if resumed else now
 
     torch.manual_seed(args.manualSeed)
     torch.backends.cudnn.benchmark = True
-    data = load_data(args.dataset, args.path, args.timesteps)
+    with distributed.first_on_each_machine():
+        data = load_data(args.dataset, args.path, args.timesteps)
     print(f"data: {args.dataset}, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
     model = build_model(args, data.classes).to(device)
     loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
@@ -109,7 +125,7 @@ def main(argv, description, lr):
         print(f"resumed from {source}: {resumed['epoch']} epochs, best top-1 {resumed['best_acc']:.2f} %")
     if args.evaluate:
         if not resumed:
-            print("warning: no --resume: these weights are not trained", file=sys.stderr)
+            warn("no --resume: these weights are not trained")
         report(model, test, device, args.precision, files.firing_rates if args.rate_stat else None)
         return
 
@@ -137,19 +153,22 @@ def compare_settings(args, earlier, source):
         f"{n} {earlier[n]}, now {value}" for n, value in settings.items() if earlier.get(n, value) != value
     ]
     if differing:
-        print(f"warning: {source} was trained with {'; '.join(differing)}", file=sys.stderr)
+        warn(f"{source} was trained with {'; '.join(differing)}")
 
 
 def build_model(args, classes):
     """The network of the flags."""
     settings = {name: getattr(args, name) for name in NEURON_SETTINGS}
     settings.update(backward=args.backward, dropout_mask=args.dropout_mask, train_Vth=bool(args.train_Vth))
+    settings.update(Vth_grad_scale=args.Vth_grad_scale)
     model = create_model(args.model, num_classes=classes, **settings)
     if args.compile:
         try:
             model.compile_loops()
         except RuntimeError as error:
-            print(f"warning: --compile is left out: {error}", file=sys.stderr)
+            warn(f"--compile is left out: {error}")
+    if getattr(args, "sync_bn", False) and distributed.world_size() > 1:
+        synchronize(model)
     return model
 
 
@@ -165,5 +184,6 @@ def report(model, loader, device, precision, firing_rate_file):
         return
     for layer, rate in rates.items():
         print(f"{layer:20} {100 * rate:6.2f} %")
-    checkpoint.save(rates, firing_rate_file)
+    if distributed.rank() == 0:
+        checkpoint.save(rates, firing_rate_file)
     print(f"firing rates: {firing_rate_file}")

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from models.synchronized import SynchronizedBatchNorm, total, track
+
 
 def collapsed_layer(branches, bn, neuron, rate_only):
     """-> spikes of 0 and 1, (T*B, ...), and under autograd their time mean and representation, (B, ...).
@@ -72,6 +74,7 @@ class CollapsedLayer(torch.autograd.Function):
             return spikes, None, None
         y_mean, y_repr, mean, representation = moments
         ctx.neuron, ctx.frozen, ctx.branches = neuron, bn is None or not bn.training, []
+        ctx.synchronized = isinstance(bn, SynchronizedBatchNorm) and bn.training
         saved = [scale, mu, sigma, y_mean, y_repr, *neuron.clamp_zones(torch.addcmul(shift, y_repr, scale))]
         for k, ((linear, train), sequence) in enumerate(zip(branches, own)):
             linear, inner = split(linear)
@@ -98,7 +101,7 @@ class CollapsedLayer(torch.autograd.Function):
         G = g * inside * neuron.gain
         n = G.numel() // G.shape[1]
         S1, S2 = per_channel(G), per_channel(G * (y_mean - mu) / sigma)
-        m1, m2 = (0 * S1, 0 * S2) if ctx.frozen else (S1 / n, S2 / n)
+        m1, m2 = (0 * S1, 0 * S2) if ctx.frozen else means(S1, S2, n, ctx.synchronized)
         A, c = a * (G - m1 + m2 * mu / sigma), -a * m2 / sigma
         grads = []
         for k, (linear, inner, frozen_d) in enumerate(ctx.branches):
@@ -110,7 +113,9 @@ class CollapsedLayer(torch.autograd.Function):
                 S1_d = T * per_channel(A + c * y_mean)
                 S2_d = T * per_channel(A * (d_mean - mu_d)) + c * (cross - T * mu_d * per_channel(y_mean))
                 S2_d = S2_d / sigma_d
-                m1_d, m2_d = (0 * S1_d, 0 * S2_d) if frozen_d else (S1_d / (T * n), S2_d / (T * n))
+                m1_d, m2_d = (0 * S1_d, 0 * S2_d)
+                if not frozen_d:
+                    m1_d, m2_d = means(S1_d, S2_d, T * n, ctx.synchronized)
                 A_k = a_d * (A - m1_d + m2_d * mu_d / sigma_d)
                 terms = [(a_d * c, y_mean, y_repr, Q), (-a_d * m2_d / sigma_d, d_mean, d_repr, Q_d)]
                 grad_inner = S2_d.flatten(), S1_d.flatten()
@@ -191,6 +196,14 @@ def per_channel(x):
     return x.sum([0, *range(2, x.dim())]).view(-1, *[1] * (x.dim() - 2))
 
 
+def means(S1, S2, n, synchronized):
+    """The sums over n elements as means, over those of all processes if synchronized."""
+    if not synchronized:
+        return S1 / n, S2 / n
+    S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))
+    return S1 / n, S2 / n
+
+
 def statistics(y, bn, copies=1):
     """Mean and standard deviation over time, batch and space, per channel; keeps the running statistics.
 
@@ -202,9 +215,9 @@ def statistics(y, bn, copies=1):
     if bn.training:
         mu, var = torch.batch_norm_update_stats(y, mu.clone(), var.clone(), 0.0)
         n = copies * y.numel() // y.shape[1]
-        bn.num_batches_tracked += 1
-        bn.running_mean.lerp_(mu, bn.momentum)
-        bn.running_var.lerp_(var * (n / max(n - 1, 1)), bn.momentum)
+        if isinstance(bn, SynchronizedBatchNorm):
+            mu, var, n = bn.combine(mu, var, n)
+        track(bn, mu, var, n)
     shape = -1, *[1] * (y.dim() - 2)
     return mu.view(shape), (var + bn.eps).sqrt().view(shape)
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, warn
 
 
 def make_folder(folder, flag="--checkpoint"):
@@ -81,7 +80,7 @@ def resume(name, files):
             try:
                 content = load_run(path)
             except UserError as error:
-                print(f"warning: {error}", file=sys.stderr)
+                warn(error)
                 continue
             if started(files.arguments) in (None, content["args"].get("started")):
                 return content, path

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import sys
+import time
 
 import torch
 
@@ -21,10 +23,19 @@ def run_program(main, argv=None):
     try:
         main(argv)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # rank 0 speaks for all: the launcher has ended this process by now, if it did
+            sys.exit(f"error: process {os.environ['RANK']}: {error}")
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def warn(message):
+    """One line on stderr, from rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import default_loader
 
 from utils.cli import UserError
+from utils.distributed import rank, world_size
 
 NORMALIZE = {
     "cifar10": transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -163,16 +164,21 @@ class SeededDataset(Dataset):
 
 
 def train_loader(dataset, *, batch_size, workers, seed, pin_memory):
-    """Batches in an order drawn from (seed, epoch); `loader.sampler.set_epoch(epoch)` starts an epoch."""
+    """Batches in an order drawn from (seed, epoch); `loader.sampler.set_epoch(epoch)` starts an epoch.
+
+    Of each `batch_size` samples in this order every process gets its share.
+    """
     # The sampler adds epoch to its seed: far apart seeds keep runs with neighbouring seeds from sharing
     # orders.
-    sampler = EpochSampler(dataset, num_replicas=1, rank=0, seed=mix_seed(seed) >> 1)
-    return loader(SeededDataset(dataset, seed), batch_size, workers, pin_memory, sampler=sampler)
+    sampler = EpochSampler(dataset, num_replicas=world_size(), rank=rank(), seed=mix_seed(seed) >> 1)
+    share = batch_size // world_size()
+    return loader(SeededDataset(dataset, seed), share, workers, pin_memory, sampler=sampler)
 
 
 def test_loader(dataset, *, batch_size, workers, pin_memory):
-    """Batches in the order of the data set, each sample once."""
-    return loader(dataset, batch_size, workers, pin_memory)
+    """Batches in the order of the data set, each sample once, in one process or another."""
+    own = Subset(dataset, range(rank(), len(dataset), world_size()))
+    return loader(own, max(batch_size // world_size(), 1), workers, pin_memory)
 
 
 def loader(dataset, batch_size, workers, pin_memory, sampler=None):

@@ -3,6 +3,8 @@
 import re
 from contextlib import contextmanager
 
+import torch
+
 
 def neuron_layers(model):
     """(published name, module) of each neuron layer; blocks are indexed as in `layer1[0].relu1`."""
@@ -23,7 +25,10 @@ def count_spikes(model):
     def counter(name):
         def count(spikes):
             fired, possible = counts.get(name, (0, 0))
-            counts[name] = fired + spikes.count_nonzero(), possible + spikes.numel()
+            counts[name] = (
+                fired + spikes.count_nonzero(),
+                possible + spikes.new_full((), spikes.numel(), dtype=torch.long),
+            )
 
         return count
 

@@ -1,7 +1,6 @@
 """The training loop of every program."""
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 
@@ -10,8 +9,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.cli import UserError
+from utils.cli import UserError, warn
 from utils.data import mix_seed
+from utils.distributed import parallel, rank, same_buffers, total
 from utils.records import Recorder, read_log
 from utils.schedule import cosine, warmup_cosine
 from utils.statistics import count_spikes, firing_rates, thresholds
@@ -28,27 +28,32 @@ class Result:
 
 
 class Metrics:
-    """Sums of loss and hits, kept on the device so that a step does not wait for the host."""
+    """Sums of loss, hits and samples, kept on the device so that a step does not wait for the host."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.n = 0
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.start = time.perf_counter()
 
     def add(self, loss, logits, labels):
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        batch = [loss.detach() * len(labels), ranked[:, 0].sum(), ranked.sum()]
+        batch = [loss.detach() * len(labels), ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]
         self.sums += torch.stack([value.double() for value in batch])
-        self.n += len(labels)
 
-    def result(self):
-        loss, top1, top5 = (self.sums / self.n).tolist()
-        return Result(loss, 100 * top1, 100 * top5, self.n / (time.perf_counter() - self.start))
+    def result(self, sums=None):
+        """Of the sums of this process, or of those given."""
+        *sums, n = (self.sums if sums is None else sums).tolist()
+        loss, top1, top5 = (value / n for value in sums)
+        return Result(loss, 100 * top1, 100 * top5, n / (time.perf_counter() - self.start))
+
+    def of_all(self):
+        """The result of all processes."""
+        return self.result(total(self.sums))
 
 
 def batches(loader, device, title):
     """(bar, images, labels), the latter on the device; the progress bar is quiet unless on a terminal."""
-    with tqdm(total=len(loader.sampler), desc=title, unit="img", disable=None, leave=False) as bar:
+    quiet = True if rank() else None
+    with tqdm(total=len(loader.sampler), desc=title, unit="img", disable=quiet, leave=False) as bar:
         for images, labels in loader:
             yield bar, images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -82,7 +87,7 @@ def train_epoch(model, loader, optimizer, schedule, device, title, precision="fp
         schedule.step()
         metrics.add(loss, logits, labels)
         show(bar, metrics, len(labels))
-    return metrics.result()
+    return metrics.of_all()
 
 
 @torch.no_grad()
@@ -96,7 +101,8 @@ def evaluate(model, loader, device, precision="fp32"):
                 logits = model(images)
             metrics.add(F.cross_entropy(logits, labels), logits, labels)
             show(bar, metrics, len(labels))
-    return metrics.result(), firing_rates(counts)
+    counts = {layer: total(torch.stack(pair)) for layer, pair in counts.items()}
+    return metrics.of_all(), firing_rates(counts)
 
 
 def warn_if_silent(model):
@@ -104,10 +110,7 @@ def warn_if_silent(model):
     first = next(parameter for parameter in model.parameters() if parameter.dim() > 1)
     if not first.grad.any():
         hint = "lower --Vth or --alpha, or raise --timesteps, --delta_t or --train-batch"
-        print(
-            f"warning: the gradient of the first batch is exactly zero at the first layer; {hint}",
-            file=sys.stderr,
-        )
+        warn(f"the gradient of the first batch is exactly zero at the first layer; {hint}")
 
 
 def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=False):
@@ -138,24 +141,30 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
     if first_epoch >= args.epochs:
         print(f"nothing left to train: {first_epoch} of {args.epochs} epochs are done")
         return
-    files.create()
-    checkpoint.save_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n", files.arguments)
     rows = resumed.get("log", []) if resumed else None
     official = own and "log" not in resumed  # which keeps its rows in the file alone
     if official and files.log.exists():
         rows = read_log(files.log)[:first_epoch]
-    recorder = Recorder(files, first_epoch, rows)
+    recorder = None  # only rank 0 writes
+    if rank() == 0:
+        files.create()
+        checkpoint.save_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n", files.arguments)
+        recorder = Recorder(files, first_epoch, rows)
+    network = parallel(model, device)
     steps = len(train_loader)
     curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
     schedule = warmup_cosine(optimizer, **curve, first_step=first_epoch * steps)
     for epoch in range(first_epoch, args.epochs):
-        torch.manual_seed(mix_seed(args.manualSeed, epoch))  # dropout too goes by (seed, epoch)
+        torch.manual_seed(mix_seed(args.manualSeed, epoch, rank()))  # dropout too goes by (seed, epoch)
         train_loader.sampler.set_epoch(epoch)
         title = f"epoch {epoch + 1}/{args.epochs}"
-        train = train_epoch(model, train_loader, optimizer, schedule, device, title, args.precision)
+        train = train_epoch(network, train_loader, optimizer, schedule, device, title, args.precision)
+        same_buffers(model)
         test, rates = evaluate(model, test_loader, device, args.precision)
         best = test.top1 > best_acc
         best_acc = max(best_acc, test.top1)
+        if recorder is None:
+            continue
         lr = args.lr * cosine(epoch, args.epochs)
         recorder.add(epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates)
         state = dict(epoch=epoch + 1, state_dict=model.state_dict(), acc=test.top1, best_acc=best_acc)

@@ -1,0 +1,94 @@
+"""The processes of one run, as `torch.distributed.launch` or `torchrun` start them; idle in a run of one."""
+
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.cli import UserError
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device):
+    """Join the launcher's processes, if there is one: nccl on GPUs, gloo on CPUs. -> this one's device"""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= found:
+            raise UserError(
+                f"process {local} of this machine has no GPU of its own ({found} found); start fewer"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    try:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot meet: {str(error).splitlines()[0]}") from None
+    if rank():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (rank 0 speaks for all)
+    return device
+
+
+def agree(args):
+    """Refuse arguments that differ between the processes."""
+    everyone = [None] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, vars(args))
+        differing = [key for key, value in everyone[0].items() if any(one[key] != value for one in everyone)]
+        if differing:
+            raise UserError(f"the processes got different {', '.join(differing)}; start them alike")
+
+
+def share(value):
+    """Rank 0's value, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+@contextmanager
+def first_on_each_machine():
+    """One process of each machine runs the body before the others do: it prepares what they then find."""
+    waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if dist.is_initialized() and waits:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not waits:
+        dist.barrier()
+
+
+def parallel(model, device):
+    """The model whose gradients are averaged over the processes after every backward pass."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def total(tensor):
+    """The sum over all processes."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def same_buffers(model):
+    """Rank 0's buffers, batch norm's running statistics, for all: they then evaluate the same model."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
