@@ -44,4 +44,4 @@ def count_spikes(model):
 
 def firing_rates(counts):
     """Layer -> fraction of its (sample, neuron, step) triples that fired, in the order of the network."""
-    return {name: float(fired) / possible for name, (fired, possible) in counts.items()}
+    return {name: float(fired) / float(possible) for name, (fired, possible) in counts.items()}
