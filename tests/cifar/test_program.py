@@ -324,7 +324,7 @@ def test_a_mistake_gets_one_line(flags, small, images, tmp_path, no_network, mon
 def published_commands():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     return re.findall(
-        r"^(?:.*&& )?python (?:-u )?(cifar/main_single_gpu\.py .*?)(?: #.*)?$", text, re.MULTILINE
+        r"^(?:.*&& )?(?:python|torchrun) .*?(cifar/main_\w+\.py .*?)(?: #.*)?$", text, re.MULTILINE
     )
 
 
@@ -332,14 +332,14 @@ def test_the_read_me_gives_the_published_commands():
     commands = " | ".join(published_commands())
     for flags in ("--model preresnet.resnet18_lif --timesteps 5 --lr 0.05 --Vth 0.6", "--dataset cifar100"):
         assert flags in commands
-    assert len(published_commands()) >= 8
+    assert "main_multiple_gpus" in commands and "CIFAR10DVS" in commands and len(published_commands()) >= 12
 
 
 @pytest.mark.parametrize("command", published_commands())
 def test_commands_of_the_read_me_are_understood(command):
     script, *argv = shlex.split(command)
     assert (ROOT / script).is_file()
-    args = get_parser("test", lr=0.1).parse(argv)
+    args = get_parser("test", lr=0.1, processes="multiple" in script).parse(argv)
     model = create_model(args.model, num_classes=10, timesteps=args.timesteps, Vth=args.Vth)
     assert sum(p.numel() for p in model.parameters()) > 0
 
