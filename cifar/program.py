@@ -86,25 +86,21 @@ def main(argv, description, lr, processes=False):
     if "/" in args.name or "\\" in args.name:
         raise UserError(f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
     if args.Vth < args.Vth_bound:
-        raise UserError(
-            f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise the one or lower the other"
-        )
+        raise UserError(f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that")
     if args.nesterov and not args.momentum:
         raise UserError("--nesterov needs a --momentum above 0")
-    if args.model.startswith("vgg.") and args.dataset not in EVENT_DATASETS:
+    if args.model.startswith("vgg.") != (args.dataset in EVENT_DATASETS):
         raise UserError(
-            f"{args.model} takes event frames, --dataset {args.dataset} holds images; use preresnet.*"
+            f"--model {args.model} does not fit --dataset {args.dataset}: vgg.* takes event frames"
         )
-    if args.dataset in EVENT_DATASETS and not args.model.startswith("vgg."):
-        raise UserError(f"{args.model} takes images, --dataset {args.dataset} holds event frames; use vgg.*")
     files = RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
     resumed, source = checkpoint.resume(args.resume, files)
     earlier = resumed["args"] if resumed else {}
-    distributed.agree(args)
+    distributed.agree(vars(args) | dict(resumed_epoch=resumed and resumed["epoch"]))
     if args.train_batch % distributed.world_size():
         n = distributed.world_size()
         raise UserError(
-            f"--train-batch {args.train_batch} is the total of {n} processes: give a multiple of {n}"
+            f"--train-batch {args.train_batch} is the total of {n} processes: use a multiple of {n}"
         )
     if args.manualSeed is None:
         args.manualSeed = earlier.get("manualSeed", distributed.share(random.randint(1, 10000)))
@@ -117,7 +113,7 @@ def main(argv, description, lr, processes=False):
     with distributed.first_on_each_machine():
         data = load_data(args.dataset, args.path, args.timesteps)
     print(f"data: {args.dataset}, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
-    model = build_model(args, data.classes).to(device)
+    model = build_model(args, data.classes, device)
     loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
     test = test_loader(data.test, batch_size=args.test_batch, **loading)
     if resumed:
@@ -130,10 +126,8 @@ def main(argv, description, lr, processes=False):
         return
 
     train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
-    if (len(data.train) % args.train_batch or args.train_batch) * model.timesteps == 1:
-        raise UserError(
-            "batch norm cannot work on a batch of one image at one time step; change --train-batch"
-        )
+    if (len(train.sampler) % train.batch_size or train.batch_size) * model.timesteps == 1:
+        raise UserError("batch norm cannot work on one image at one time step; change --train-batch")
     recipe = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov)
     optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
     if resumed and "optimizer" in resumed:
@@ -156,12 +150,12 @@ def compare_settings(args, earlier, source):
         warn(f"{source} was trained with {'; '.join(differing)}")
 
 
-def build_model(args, classes):
-    """The network of the flags."""
+def build_model(args, classes, device):
+    """The network of the flags, on the device."""
     settings = {name: getattr(args, name) for name in NEURON_SETTINGS}
     settings.update(backward=args.backward, dropout_mask=args.dropout_mask, train_Vth=bool(args.train_Vth))
     settings.update(Vth_grad_scale=args.Vth_grad_scale)
-    model = create_model(args.model, num_classes=classes, **settings)
+    model = create_model(args.model, num_classes=classes, **settings).to(device)
     if args.compile:
         try:
             model.compile_loops()

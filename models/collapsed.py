@@ -36,9 +36,11 @@ def collapsed_layer(branches, bn, neuron, rate_only):
     Under autocast the spikes, and the convolutions that take them, are of its type; all else stays.
     """
     neuron.project_threshold()
+    branches = [(*split(linear), train) for linear, train in branches]
     inputs = []
-    for linear, train in branches:
-        linear, inner = split(linear)
+    for linear, inner, train in branches:
+        if inner is not None and train.static:
+            raise ValueError("a branch on the image itself cannot have a batch norm of its own")
         inputs += [train.representation, *affine(linear), *affine(inner)]
     device, dtype = neuron.Vth.device.type, neuron.Vth.dtype
     if torch.is_autocast_enabled(device):
@@ -53,10 +55,9 @@ class CollapsedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, branches, bn, neuron, rate_only, dtype, needed, Vth, gamma, beta, *inputs):
-        static = branches[0][1].static
+        static = branches[0][-1].static
         y, own = None, []
-        for linear, train in branches:
-            linear, inner = split(linear)
+        for linear, inner, train in branches:
             if inner is None:
                 y = charge(y, linear, train)
                 own.append(None)
@@ -74,10 +75,9 @@ class CollapsedLayer(torch.autograd.Function):
             return spikes, None, None
         y_mean, y_repr, mean, representation = moments
         ctx.neuron, ctx.frozen, ctx.branches = neuron, bn is None or not bn.training, []
-        ctx.synchronized = isinstance(bn, SynchronizedBatchNorm) and bn.training
+        ctx.bn, ctx.affine = bn, gamma is not None
         saved = [scale, mu, sigma, y_mean, y_repr, *neuron.clamp_zones(torch.addcmul(shift, y_repr, scale))]
-        for k, ((linear, train), sequence) in enumerate(zip(branches, own)):
-            linear, inner = split(linear)
+        for k, ((linear, inner, train), sequence) in enumerate(zip(branches, own)):
             exact = not static and not (rate_only and isinstance(linear, nn.Conv2d))
             exact = exact and ctx.needs_input_grad[10 + 5 * k]
             Q = corr_T(linear, train, y) if exact and not ctx.frozen else None
@@ -86,7 +86,8 @@ class CollapsedLayer(torch.autograd.Function):
                 y_d, *normalization = sequence
                 Q_d = corr_T(linear, train, y_d) if exact and inner.training else None
                 saved += [*normalization, *neuron.moments(y_d), Q_d, per_channel(y * y_d)]
-            ctx.branches.append((linear, inner is not None, inner is not None and not inner.training))
+            ctx.branches.append((linear, inner))
+        ctx.frozen_inner = [inner is not None and not inner.training for _, inner, _ in branches]
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(spikes, mean)
         ctx.set_materialize_grads(False)  # they would be zeros of the size of the spikes
@@ -101,24 +102,25 @@ class CollapsedLayer(torch.autograd.Function):
         G = g * inside * neuron.gain
         n = G.numel() // G.shape[1]
         S1, S2 = per_channel(G), per_channel(G * (y_mean - mu) / sigma)
-        m1, m2 = (0 * S1, 0 * S2) if ctx.frozen else means(S1, S2, n, ctx.synchronized)
+        m1, m2 = (0 * S1, 0 * S2) if ctx.frozen else means(S1, S2, n, ctx.bn)
         A, c = a * (G - m1 + m2 * mu / sigma), -a * m2 / sigma
         grads = []
-        for k, (linear, inner, frozen_d) in enumerate(ctx.branches):
+        for k, (linear, inner) in enumerate(ctx.branches):
             weight, mean, amplitude, Q = (next(saved) for _ in range(4))
             # The gradient at step t is A_k + sum_j c_j*x^j_t; `terms` holds c_j and x^j's mean, repr and Q.
             A_k, terms, grad_inner = A, [(c, y_mean, y_repr, Q)], (None, None)
-            if inner:
+            if inner is not None:
                 a_d, mu_d, sigma_d, d_mean, d_repr, Q_d, cross = (next(saved) for _ in range(7))
                 S1_d = T * per_channel(A + c * y_mean)
                 S2_d = T * per_channel(A * (d_mean - mu_d)) + c * (cross - T * mu_d * per_channel(y_mean))
                 S2_d = S2_d / sigma_d
                 m1_d, m2_d = (0 * S1_d, 0 * S2_d)
-                if not frozen_d:
-                    m1_d, m2_d = means(S1_d, S2_d, T * n, ctx.synchronized)
+                if not ctx.frozen_inner[k]:
+                    m1_d, m2_d = means(S1_d, S2_d, T * n, inner)
                 A_k = a_d * (A - m1_d + m2_d * mu_d / sigma_d)
                 terms = [(a_d * c, y_mean, y_repr, Q), (-a_d * m2_d / sigma_d, d_mean, d_repr, Q_d)]
-                grad_inner = S2_d.flatten(), S1_d.flatten()
+                if inner.affine:
+                    grad_inner = S2_d.flatten(), S1_d.flatten()
             grad_repr = grad_weight = grad_bias = None
             if ctx.needs_input_grad[9 + 5 * k]:
                 grad_repr = transpose(linear, weight, A_k + sum(c_j * x for c_j, _, x, _ in terms), mean)
@@ -131,13 +133,21 @@ class CollapsedLayer(torch.autograd.Function):
             if ctx.needs_input_grad[11 + 5 * k]:
                 grad_bias = T * per_channel(A_k + sum(c_j * x for c_j, x, _, _ in terms)).flatten()
             grads += [grad_repr, grad_weight, grad_bias, *grad_inner]
-        grad_affine = (T * S2.flatten(), T * S1.flatten()) if ctx.needs_input_grad[7] else (None, None)
+        grad_affine = (T * S2.flatten(), T * S1.flatten()) if ctx.affine else (None, None)
         return None, None, None, None, None, None, grad_Vth, *grad_affine, *grads
 
 
 def split(linear):
-    """A branch's map as (linear map, its own batch norm or None)."""
-    return linear if isinstance(linear, nn.Sequential) else (linear, None)
+    """A branch's map as (linear map, its own batch norm or None). TypeError for a map of another kind."""
+    linear, inner = linear if isinstance(linear, nn.Sequential) else (linear, None)
+    if (
+        not isinstance(linear, (nn.Conv2d, nn.Linear, nn.Identity))
+        or getattr(linear, "padding_mode", "zeros") != "zeros"
+    ):
+        raise TypeError(
+            f"no collapsed layer for {linear}: Conv2d padded with zeros, Linear or Identity; else `map`"
+        )
+    return linear, inner
 
 
 def affine(module):
@@ -196,9 +206,9 @@ def per_channel(x):
     return x.sum([0, *range(2, x.dim())]).view(-1, *[1] * (x.dim() - 2))
 
 
-def means(S1, S2, n, synchronized):
-    """The sums over n elements as means, over those of all processes if synchronized."""
-    if not synchronized:
+def means(S1, S2, n, bn):
+    """The sums over n elements as means, over those of all processes if the batch norm is synchronized."""
+    if not isinstance(bn, SynchronizedBatchNorm):
         return S1 / n, S2 / n
     S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))
     return S1 / n, S2 / n
@@ -210,11 +220,17 @@ def statistics(y, bn, copies=1):
     `copies`: how many time steps the one given stands for (a static image's).
     """
     if bn is None:
-        return y.new_zeros(()), y.new_ones(())
+        dtype = y.dtype if y.dtype.itemsize >= 4 else torch.float32
+        return y.new_zeros((), dtype=dtype), y.new_ones((), dtype=dtype)
+    if bn.running_mean is None or bn.momentum is None:
+        raise ValueError(f"no collapsed layer with {bn}: it needs running statistics and a momentum")
     mu, var = bn.running_mean, bn.running_var
     if bn.training:
+        # Its own update would count a static image once; the clones give the statistics their precision.
         mu, var = torch.batch_norm_update_stats(y, mu.clone(), var.clone(), 0.0)
         n = copies * y.numel() // y.shape[1]
+        if n == 1:
+            raise ValueError("batch norm cannot train on one value per channel")
         if isinstance(bn, SynchronizedBatchNorm):
             mu, var, n = bn.combine(mu, var, n)
         track(bn, mu, var, n)

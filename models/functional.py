@@ -1,7 +1,7 @@
-"""The method in four pure functions and one gradient rule (Meng et al., CVPR 2022, sections 3 and 4).
+"""The method in pure functions and one gradient rule (Meng et al., CVPR 2022, sections 3 and 4).
 
 Sequences have time first: shape (T, B, ...). Potentials and thresholds share the unit of the input current.
-The dynamics stand outside autograd, which only knows `DSR`.
+The dynamics stand outside autograd, which only knows `DSR` (and the layers of `collapsed`).
 """
 
 import math
@@ -33,24 +33,21 @@ def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
 
 
 @torch.no_grad()
-def integrate_and_fire(currents, Vth, alpha):
-    """IF: U = V + x_t; fire where U >= alpha*Vth; V = U - Vth*s. Returns Vth*s, (T, B, ...)."""
-    spikes = torch.empty_like(currents)
-    one, zero = currents.new_ones(()), currents.new_zeros(())
-    membrane(currents, spikes, Vth, alpha * Vth, 1.0, one, zero)
-    return spikes.mul_(Vth)
+def fire(currents, Vth, alpha, lam=1.0, kappa=1.0):
+    """IF: U = V + x_t. LIF: U = lam*V + kappa*x_t with (lam, kappa) = `leak(tau, delta_t)`.
 
-
-@torch.no_grad()
-def leaky_integrate_and_fire(currents, Vth, alpha, tau, delta_t):
-    """LIF: U = lam*V + (1-lam)*x_t with lam = exp(-delta_t/tau); fire where U >= alpha*Vth; V = U - Vth*s
-
-    Returns Vth*s/delta_t, shape (T, B, ...); `tau` and `delta_t` are times in one unit.
+    Fire where U >= alpha*Vth; V = U - Vth*s. Returns s, 0 and 1, shape (T, B, ...).
     """
-    lam = math.exp(-delta_t / tau)
     spikes = torch.empty_like(currents)
-    membrane(currents, spikes, Vth, alpha * Vth, lam, currents.new_full((), 1 - lam), currents.new_zeros(()))
-    return spikes.mul_(Vth / delta_t)
+    scale, shift = currents.new_full((), kappa), currents.new_zeros(())
+    membrane(currents, spikes, Vth, alpha * Vth, lam, scale, shift)
+    return spikes
+
+
+def leak(tau, delta_t):
+    """(lam, 1 - lam), lam = exp(-delta_t/tau); `tau` and `delta_t` are times in one unit."""
+    lam = math.exp(-delta_t / tau)
+    return lam, 1 - lam
 
 
 def rate(sequence):
@@ -58,13 +55,17 @@ def rate(sequence):
     return sequence.mean(0)
 
 
-def weighted_rate(sequence, tau, delta_t):
-    """The representation of a LIF layer: sum w_t y_t / sum w_t, w_t = exp(-(T-t)*delta_t/tau), t = 1..T."""
-    weights = [math.exp(-age * delta_t / tau) for age in reversed(range(len(sequence)))]
-    total = math.fsum(weights)
-    representation = sequence[0] * (weights[0] / total)
+def decay_weights(timesteps, tau, delta_t):
+    """w_t / sum w_t, with w_t = exp(-(T-t)*delta_t/tau), t = 1..T."""
+    weights = [math.exp(-age * delta_t / tau) for age in reversed(range(timesteps))]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def weighted_rate(sequence, weights):
+    """The representation of a LIF layer: sum_t w_t y_t with `decay_weights`. (T, B, ...) -> (B, ...)."""
+    representation = sequence[0] * weights[0]
     for weight, step in zip(weights[1:], sequence[1:]):
-        representation = representation.add(step, alpha=weight / total)
+        representation = representation.add(step, alpha=weight)
     return representation
 
 

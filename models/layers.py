@@ -40,7 +40,7 @@ class SpikeTrain:
         return self.spikes.to(self.amplitude.dtype) * self.amplitude
 
     def map(self, function):
-        """The same train after a map that acts on every time step alike."""
+        """The same train after a linear map that acts on every time step alike."""
         if self.representation is None:
             return replace(self, spikes=function(self.values()), amplitude=None)
         with torch.no_grad():
@@ -52,7 +52,7 @@ class SpikeTrain:
         """After dropout, with a mask a time step or, if `dropout.shared`, one for all."""
         if not (dropout.training and dropout.p):
             return self
-        if not dropout.shared:
+        if not getattr(dropout, "shared", False):
             return self.map(dropout)
         steps = self.spikes.unflatten(0, (1 if self.static else self.timesteps, -1))
         mask = dropout(torch.ones(steps[0].shape, device=steps.device))
@@ -92,6 +92,7 @@ class SpikingNetwork(nn.Module):
             return self.last_neuron.decode(train.values())
         if train.representation.requires_grad:  # decoding spreads a gradient over time, by the same weights
             train.representation.register_hook(lambda grad: grad * self.last_neuron.decoding_gain)
+            return train.representation.clone()  # whose own gradient is that of the logits
         return train.representation
 
     def compile_loops(self):
@@ -127,7 +128,7 @@ class SpikingNetwork(nn.Module):
         if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
             return False
         drops = [m for m in self.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
-        if all(dropout.shared for dropout in drops):
+        if all(getattr(dropout, "shared", False) for dropout in drops):
             return True
         warnings.warn("dropout with a mask a time step: the backward pass unrolls time", stacklevel=2)
         return False

@@ -14,8 +14,8 @@ class Neuron(nn.Module):
     timesteps: T. Vth: initial threshold, in the unit of the currents. alpha: in (0, 1], fire at alpha*Vth.
     Vth_bound: lower bound of Vth. train_Vth: a parameter, or else a buffer. Vth_grad_scale: factor of the
     gradient of Vth. Raises ValueError for settings out of range. A subclass defines the map on
-    representations (`representation`, `clamp_zones`, `gain`, `Vth_gain`), the dynamics (`fire`, and for
-    collapsed layers `leak`: the factors of V and x_t in U) and the `amplitude` of a spike.
+    representations (`representation` and its `weights`, None if all alike; `clamp_zones`; `gain` and
+    `Vth_gain`), the `leak`, which is the factors of V and x_t in U, and the `amplitude` of a spike.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Neuron(nn.Module):
         check_settings(timesteps=timesteps, Vth=Vth, alpha=alpha, Vth_bound=Vth_bound)
         self.timesteps, self.alpha = timesteps, alpha
         self.loop = functional.membrane
-        self.observer = None  # called with the spikes of every forward pass
+        self.observer = None  # called with the spikes of every forward pass, zero where there is none
         self.Vth_bound, self.Vth_grad_scale = Vth_bound, Vth_grad_scale
         if train_Vth:
             self.Vth = nn.Parameter(torch.tensor(float(Vth)))
@@ -49,6 +49,10 @@ class Neuron(nn.Module):
             self.observer(spikes)
         return spikes.flatten(0, 1)
 
+    def fire(self, currents):
+        """Currents (T, B, ...) -> spikes of that shape, amplitude included."""
+        return functional.fire(currents, self.Vth, self.alpha, *self.leak).mul_(self.amplitude.detach())
+
     def project_threshold(self):
         """Vth <- max(Vth, Vth_bound), on the parameter: a clamp in the graph would kill its gradient."""
         self.Vth.data.clamp_(min=self.Vth_bound)
@@ -63,6 +67,8 @@ class Neuron(nn.Module):
         y: (T*B, ...), or if `static` (B, ...) for every step. The moments, if needed, are the time mean and
         the representation of y and the same of the output, amplitude included, each (B, ...).
         """
+        if y.dim() not in (2, 4):
+            raise ValueError(f"collapsed layers take (T*B, C) or (T*B, C, H, W), not {y.dim()} dimensions")
         T, layout = self.timesteps, torch.channels_last if y.dim() == 4 else torch.contiguous_format
         shape = T * len(y) if static else len(y), *y.shape[1:]
         spikes = torch.empty(shape, dtype=dtype, device=y.device, memory_format=layout)
@@ -73,7 +79,7 @@ class Neuron(nn.Module):
         lam, kappa = self.leak
         scale, shift = (kappa * v.flatten().expand(y.shape[1]) for v in (scale, shift))
         settings = self.Vth, self.alpha * self.Vth, lam, scale, shift
-        weights = ([1.0] * T, *self.weights) if needed else ()
+        weights = [[1.0] * T] + ([self.weights] if self.weights else []) if needed else []
         sums = self.loop(rows(y, 1 if static else T), rows(spikes, T), *settings, weights)
         if self.observer is not None:
             self.observer(spikes)
@@ -106,7 +112,7 @@ class IFNeuron(Neuron):
 
     gain = 1.0
     leak = 1.0, 1.0
-    weights = ()
+    weights = None
 
     @property
     def amplitude(self):
@@ -119,9 +125,6 @@ class IFNeuron(Neuron):
     @property
     def Vth_gain(self):
         return self.Vth_grad_scale * self.timesteps
-
-    def fire(self, currents):
-        return functional.integrate_and_fire(currents, self.Vth, self.alpha)
 
     def representation(self, sequence):
         return functional.rate(sequence)
@@ -146,10 +149,14 @@ class LIFNeuron(Neuron):
         super().__init__(**settings)
         check_settings(tau=tau, delta_t=delta_t)
         self.tau, self.delta_t = tau, delta_t
-        lam = math.exp(-delta_t / tau)
-        self.leak = lam, 1 - lam
-        weights = [lam**age for age in reversed(range(self.timesteps))]
-        self.weights = ([w / math.fsum(weights) for w in weights],)
+
+    @property
+    def leak(self):
+        return functional.leak(self.tau, self.delta_t)
+
+    @property
+    def weights(self):
+        return functional.decay_weights(self.timesteps, self.tau, self.delta_t)
 
     @property
     def amplitude(self):
@@ -157,7 +164,7 @@ class LIFNeuron(Neuron):
 
     @property
     def decoding_gain(self):
-        return math.fsum(w * w for w in self.weights[0])
+        return math.fsum(w * w for w in self.weights)
 
     @property
     def gain(self):
@@ -167,11 +174,8 @@ class LIFNeuron(Neuron):
     def Vth_gain(self):
         return self.Vth_grad_scale * self.delta_t * self.timesteps
 
-    def fire(self, currents):
-        return functional.leaky_integrate_and_fire(currents, self.Vth, self.alpha, self.tau, self.delta_t)
-
     def representation(self, sequence):
-        return functional.weighted_rate(sequence, self.tau, self.delta_t)
+        return functional.weighted_rate(sequence, self.weights)
 
     def clamp_zones(self, weighted_rate):
         """Where the clamp passes the weighted rate of the currents, ends excluded, and where it cuts."""

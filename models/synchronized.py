@@ -11,20 +11,18 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        shape, axes = (-1, *[1] * (x.dim() - 2)), [0, *range(2, x.dim())]
-        n = total(x.new_full((), x.numel() // x.shape[1]))
-        mean = Total.apply(x.sum(axes)) / n
-        centered = x - mean.view(shape)
-        var = Total.apply(centered.square().sum(axes)) / n
+        x, shape = x.float() if x.dtype.itemsize < 4 else x, (-1, *[1] * (x.dim() - 2))
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        mean, var, n = self.combine(mean, var, x.numel() // x.shape[1])
         track(self, mean.detach(), var.detach(), n)
         scale = self.weight / (var + self.eps).sqrt()
-        return centered * scale.view(shape) + self.bias.view(shape)
+        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
 
     def combine(self, mean, var, n):
         """Mean, variance and number of the values of all processes, from those of each."""
-        n_all = total(mean.new_full((), n))
-        mean_all = total(n * mean) / n_all
-        return mean_all, total(n * (var + (mean - mean_all).square())) / n_all, n_all
+        sums = Total.apply(torch.stack([n * mean, torch.full_like(mean, n)]))
+        mean_all, n_all = sums[0] / sums[1], sums[1]
+        return mean_all, Total.apply(n * (var + (mean - mean_all).square())) / n_all, n_all.detach()
 
     def _check_input_dim(self, x):
         pass
@@ -34,7 +32,7 @@ def track(bn, mean, var, n):
     """Bring running statistics up to date; n: how many values the mean and the variance are of."""
     bn.num_batches_tracked += 1
     bn.running_mean.lerp_(mean, bn.momentum)
-    bn.running_var.lerp_(var * (n / max(n - 1, 1)), bn.momentum)
+    bn.running_var.lerp_(var * (n / (n - 1)), bn.momentum)
 
 
 def total(x):

@@ -35,7 +35,7 @@ def join(device):
         torch.cuda.set_device(device)
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot meet: {str(error).splitlines()[0]}") from None
     if rank():
@@ -43,11 +43,11 @@ def join(device):
     return device
 
 
-def agree(args):
-    """Refuse arguments that differ between the processes."""
+def agree(arguments):
+    """Refuse a dict that differs between the processes."""
     everyone = [None] * world_size()
     if dist.is_initialized():
-        dist.all_gather_object(everyone, vars(args))
+        dist.all_gather_object(everyone, arguments)
         differing = [key for key, value in everyone[0].items() if any(one[key] != value for one in everyone)]
         if differing:
             raise UserError(f"the processes got different {', '.join(differing)}; start them alike")
@@ -76,7 +76,8 @@ def parallel(model, device):
     """The model whose gradients are averaged over the processes after every backward pass."""
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices)
 
 
 def total(tensor):

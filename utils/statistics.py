@@ -19,20 +19,17 @@ def thresholds(model):
 
 @contextmanager
 def count_spikes(model):
-    """While open, counts (spikes, opportunities to spike) of each layer for `firing_rates`."""
-    counts = {}
+    """While open, counts [spikes, opportunities to spike] of each layer, for `firing_rates`."""
+    neurons = dict(neuron_layers(model))
+    counts = {name: torch.zeros(2, dtype=torch.long, device=n.Vth.device) for name, n in neurons.items()}
 
     def counter(name):
         def count(spikes):
-            fired, possible = counts.get(name, (0, 0))
-            counts[name] = (
-                fired + spikes.count_nonzero(),
-                possible + spikes.new_full((), spikes.numel(), dtype=torch.long),
-            )
+            fired = spikes.count_nonzero()
+            counts[name] += torch.stack([fired, torch.full_like(fired, spikes.numel())])
 
         return count
 
-    neurons = dict(neuron_layers(model))
     for name, neuron in neurons.items():
         neuron.observer = counter(name)
     try:
@@ -43,5 +40,5 @@ def count_spikes(model):
 
 
 def firing_rates(counts):
-    """Layer -> fraction of its (sample, neuron, step) triples that fired, in the order of the network."""
-    return {name: float(fired) / float(possible) for name, (fired, possible) in counts.items()}
+    """Layer -> fraction of its (sample, neuron, step) triples that fired."""
+    return {name: float(fired) / max(float(possible), 1) for name, (fired, possible) in counts.items()}

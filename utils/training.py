@@ -36,18 +36,19 @@ class Metrics:
 
     def add(self, loss, logits, labels):
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        batch = [loss.detach() * len(labels), ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(labels))]
+        batch = [
+            loss.detach() * len(labels),
+            ranked[:, 0].sum(),
+            ranked.sum(),
+            loss.new_full((), len(labels)),
+        ]
         self.sums += torch.stack([value.double() for value in batch])
 
-    def result(self, sums=None):
-        """Of the sums of this process, or of those given."""
-        *sums, n = (self.sums if sums is None else sums).tolist()
+    def result(self, everywhere=False):
+        """Of this process, or of all."""
+        *sums, n = (total(self.sums) if everywhere else self.sums).tolist()
         loss, top1, top5 = (value / n for value in sums)
         return Result(loss, 100 * top1, 100 * top5, n / (time.perf_counter() - self.start))
-
-    def of_all(self):
-        """The result of all processes."""
-        return self.result(total(self.sums))
 
 
 def batches(loader, device, title):
@@ -67,7 +68,7 @@ def show(bar, metrics, n):
 
 
 def autocast(device, precision):
-    """ "bf16": spikes, and the convolutions that take them, in bfloat16; all else stays as it is."""
+    """With precision "bf16", spikes and the convolutions that take them are in bfloat16; all else stays."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -87,7 +88,7 @@ def train_epoch(model, loader, optimizer, schedule, device, title, precision="fp
         schedule.step()
         metrics.add(loss, logits, labels)
         show(bar, metrics, len(labels))
-    return metrics.of_all()
+    return metrics.result(everywhere=True)
 
 
 @torch.no_grad()
@@ -101,8 +102,8 @@ def evaluate(model, loader, device, precision="fp32"):
                 logits = model(images)
             metrics.add(F.cross_entropy(logits, labels), logits, labels)
             show(bar, metrics, len(labels))
-    counts = {layer: total(torch.stack(pair)) for layer, pair in counts.items()}
-    return metrics.of_all(), firing_rates(counts)
+    counts = {layer: total(pair) for layer, pair in counts.items()}
+    return metrics.result(everywhere=True), firing_rates(counts)
 
 
 def warn_if_silent(model):
@@ -155,7 +156,7 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
     curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
     schedule = warmup_cosine(optimizer, **curve, first_step=first_epoch * steps)
     for epoch in range(first_epoch, args.epochs):
-        torch.manual_seed(mix_seed(args.manualSeed, epoch, rank()))  # dropout too goes by (seed, epoch)
+        torch.manual_seed(mix_seed(args.manualSeed, epoch, rank(), 1))  # dropout too goes by (seed, epoch)
         train_loader.sampler.set_epoch(epoch)
         title = f"epoch {epoch + 1}/{args.epochs}"
         train = train_epoch(network, train_loader, optimizer, schedule, device, title, args.precision)

@@ -285,6 +285,36 @@ def test_shared_dropout_mask_collapses_and_a_mask_a_step_falls_back(float64):
     assert model.eval().encode(frames).backward == "collapsed"
 
 
+def test_gradient_of_the_logits_and_of_a_part_of_a_batch_norm(float64):
+    model, x, grads = Net("lif", 3), torch.randn(2, 3, 8, 8), []
+    randomize(model)
+    model.bn1.weight.requires_grad_(False)
+    for model.backward in ("unrolled", "collapsed"):
+        model.zero_grad()
+        logits = model(x)
+        loss = F.cross_entropy(logits, torch.arange(2))
+        (of_logits,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        loss.backward()
+        grads.append((of_logits, model.bn1.bias.grad))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_what_a_collapsed_layer_cannot_take_is_refused():
+    model, x = Net("if", 3), torch.randn(2, 3, 8, 8)
+    model.backward = "collapsed"
+    for break_it, error in (
+        (lambda net: setattr(net, "conv1", nn.Conv2d(4, 6, 3, 2, 1, padding_mode="circular")), TypeError),
+        (lambda net: setattr(net, "hidden", nn.ReLU()), TypeError),
+        (lambda net: setattr(net, "stem", nn.Sequential(net.stem, nn.BatchNorm2d(4))), ValueError),
+        (lambda net: setattr(net, "bn1", nn.BatchNorm2d(6, momentum=None)), ValueError),
+        (lambda net: setattr(net, "bn1", nn.BatchNorm2d(6, track_running_stats=False)), ValueError),
+    ):
+        broken = copy.deepcopy(model)
+        break_it(broken)
+        with pytest.raises(error):
+            broken(x)
+
+
 def test_gradient_of_the_images(float64):
     """For an attack, say: autograd then unrolls time."""
     model, x = Net("if", 3), torch.randn(2, 3, 8, 8)

@@ -74,7 +74,7 @@ def test_lif_threshold_at_its_bound():
 
 def test_dynamics_can_be_called_with_a_trainable_threshold():
     Vth = torch.tensor(1.0, requires_grad=True)
-    assert functional.integrate_and_fire(torch.tensor([[2.0], [0.0]]), Vth, 1.0).tolist() == [[1.0], [1.0]]
+    assert functional.fire(torch.tensor([[2.0], [0.0]]), Vth, 1.0).tolist() == [[1.0], [1.0]]
 
 
 def gradients(layer, currents, grad):
