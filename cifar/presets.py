@@ -10,11 +10,11 @@ PRESETS = {
         alpha=0.3,
         delta_t=0.2,
         epochs=12,
-        train_batch=32,
+        train_batch=64,
         optimizer="adam",  # with SGD the network often ends up never predicting one of the classes
-        lr=0.001,
+        lr=0.004,
         weight_decay=0.0,
-        warmup=45,
+        warmup=46,
         manualSeed=1,
         workers=1,
     )
