@@ -43,13 +43,9 @@ class Peer(nn.Module):
         super().__init__()
         from spikingjelly.activation_based import neuron
 
-        self.timesteps, self.decode = (
-            settings["timesteps"],
-            registry.activation_factory(kind, settings)().decode,
-        )
-        own = dict(
-            T=self.timesteps, v_threshold=settings["Vth"], v_threshold_lower_bound=settings["Vth_bound"]
-        )
+        self.timesteps = T = settings["timesteps"]
+        self.decode = registry.activation_factory(kind, settings)().decode
+        own = dict(T=T, v_threshold=settings["Vth"], v_threshold_lower_bound=settings["Vth_bound"])
         node, leak = neuron.DSRIFNode, {}
         if kind == "lif":
             node, leak = neuron.DSRLIFNode, {key: settings[key] for key in ("tau", "delta_t")}
@@ -70,10 +66,10 @@ def build(variant, args, timesteps):
         network, _ = registry.NETWORKS[args.model]
         del settings["num_classes"]
         return network(activation=partial(Peer, kind, settings), num_classes=10, dropout=0.0).to(args.device)
-    model = create_model(args.model, **settings, dropout=0.0, backward=variant.split("-")[0])
+    model = create_model(args.model, **settings, dropout=0.0, backward=variant.split("-")[0]).to(args.device)
     if variant.endswith("-compile"):
         model.compile_loops()
-    return model.to(args.device)
+    return model
 
 
 def step(variant, args, timesteps):
@@ -157,17 +153,8 @@ def measure(variants, args, timesteps):
 
 def peak_memory(variant, args, timesteps):
     """Peak bytes of two steps in a process of their own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--model",
-        args.model,
-        "--batch",
-        str(args.batch),
-        "--device",
-        args.device,
-    ]
-    command += ["--timesteps", str(timesteps), "--peak", variant] + ["--inference"] * args.inference
+    flags = f"--model {args.model} --batch {args.batch} --device {args.device} --timesteps {timesteps}"
+    command = [sys.executable, __file__, *flags.split(), "--peak", variant] + ["--inference"] * args.inference
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 

@@ -86,8 +86,7 @@ class CollapsedLayer(torch.autograd.Function):
                 y_d, *normalization = sequence
                 Q_d = corr_T(linear, train, y_d) if exact and inner.training else None
                 saved += [*normalization, *neuron.moments(y_d), Q_d, per_channel(y * y_d)]
-            ctx.branches.append((linear, inner))
-        ctx.frozen_inner = [inner is not None and not inner.training for _, inner, _ in branches]
+            ctx.branches.append((linear, inner, inner is not None and not inner.training))
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(spikes, mean)
         ctx.set_materialize_grads(False)  # they would be zeros of the size of the spikes
@@ -102,10 +101,10 @@ class CollapsedLayer(torch.autograd.Function):
         G = g * inside * neuron.gain
         n = G.numel() // G.shape[1]
         S1, S2 = per_channel(G), per_channel(G * (y_mean - mu) / sigma)
-        m1, m2 = (0 * S1, 0 * S2) if ctx.frozen else means(S1, S2, n, ctx.bn)
+        m1, m2 = means(S1, S2, n, ctx.bn, ctx.frozen)
         A, c = a * (G - m1 + m2 * mu / sigma), -a * m2 / sigma
         grads = []
-        for k, (linear, inner) in enumerate(ctx.branches):
+        for k, (linear, inner, frozen_d) in enumerate(ctx.branches):
             weight, mean, amplitude, Q = (next(saved) for _ in range(4))
             # The gradient at step t is A_k + sum_j c_j*x^j_t; `terms` holds c_j and x^j's mean, repr and Q.
             A_k, terms, grad_inner = A, [(c, y_mean, y_repr, Q)], (None, None)
@@ -114,9 +113,7 @@ class CollapsedLayer(torch.autograd.Function):
                 S1_d = T * per_channel(A + c * y_mean)
                 S2_d = T * per_channel(A * (d_mean - mu_d)) + c * (cross - T * mu_d * per_channel(y_mean))
                 S2_d = S2_d / sigma_d
-                m1_d, m2_d = (0 * S1_d, 0 * S2_d)
-                if not ctx.frozen_inner[k]:
-                    m1_d, m2_d = means(S1_d, S2_d, T * n, inner)
+                m1_d, m2_d = means(S1_d, S2_d, T * n, inner, frozen_d)
                 A_k = a_d * (A - m1_d + m2_d * mu_d / sigma_d)
                 terms = [(a_d * c, y_mean, y_repr, Q), (-a_d * m2_d / sigma_d, d_mean, d_repr, Q_d)]
                 if inner.affine:
@@ -206,8 +203,10 @@ def per_channel(x):
     return x.sum([0, *range(2, x.dim())]).view(-1, *[1] * (x.dim() - 2))
 
 
-def means(S1, S2, n, bn):
-    """The sums over n elements as means, over those of all processes if the batch norm is synchronized."""
+def means(S1, S2, n, bn, frozen):
+    """The sums over n elements as means, over all processes if synchronized; 0 for a frozen batch norm."""
+    if frozen:
+        return 0 * S1, 0 * S2
     if not isinstance(bn, SynchronizedBatchNorm):
         return S1 / n, S2 / n
     S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))

@@ -58,7 +58,8 @@ def rate(sequence):
 def decay_weights(timesteps, tau, delta_t):
     """w_t / sum w_t, with w_t = exp(-(T-t)*delta_t/tau), t = 1..T."""
     weights = [math.exp(-age * delta_t / tau) for age in reversed(range(timesteps))]
-    return [weight / math.fsum(weights) for weight in weights]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
 
 
 def weighted_rate(sequence, weights):

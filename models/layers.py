@@ -61,16 +61,14 @@ class SpikeTrain:
 
 def spiking_layer(branches, bn, neuron):
     """Sum the currents of the branches, normalise over time and batch (or not: `bn` None), fire."""
-    backward = branches[0][1].backward
+    T, backward = neuron.timesteps, branches[0][1].backward
     if backward != "unrolled":
-        rate_only = backward == "rate"
-        spikes, mean, representation = collapsed_layer(branches, bn, neuron, rate_only)
-        return SpikeTrain(
-            spikes, neuron.timesteps, backward, neuron.amplitude.detach().clone(), mean, representation
-        )
+        spikes, mean, representation = collapsed_layer(branches, bn, neuron, rate_only=backward == "rate")
+        amplitude = neuron.amplitude.detach().clone()
+        return SpikeTrain(spikes, T, backward, amplitude, mean, representation)
     first, *rest = [linear(train.spikes) for linear, train in branches]
     currents = sum(rest, start=first)
-    return SpikeTrain(neuron(currents if bn is None else bn(currents)), neuron.timesteps)
+    return SpikeTrain(neuron(currents if bn is None else bn(currents)), T)
 
 
 class SpikingNetwork(nn.Module):
@@ -80,11 +78,11 @@ class SpikingNetwork(nn.Module):
     it.
     """
 
+    backward = "unrolled"
+
     @property
     def timesteps(self):
         return self.last_neuron.timesteps
-
-    backward = "unrolled"
 
     def forward(self, x):
         train = self.spike(self.encode(x))

@@ -36,12 +36,8 @@ class Metrics:
 
     def add(self, loss, logits, labels):
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        batch = [
-            loss.detach() * len(labels),
-            ranked[:, 0].sum(),
-            ranked.sum(),
-            loss.new_full((), len(labels)),
-        ]
+        n = loss.new_full((), len(labels))
+        batch = [loss.detach() * n, ranked[:, 0].sum(), ranked.sum(), n]
         self.sums += torch.stack([value.double() for value in batch])
 
     def result(self, everywhere=False):
