@@ -7,13 +7,20 @@ import torch.nn.functional as F
 from models import IFNeuron, LIFNeuron, create_model
 from tests import golden
 
-NEURONS, NETWORKS = golden.neuron_cases(), golden.network_cases()
+NEURONS = golden.neuron_cases()
+IMAGENET = golden.network_cases("imagenet_models.json")
+NETWORKS = golden.network_cases() | {name: case for name, case in IMAGENET.items() if "case" in name}
 SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound", "train_Vth")
 
 
 def test_all_cases_are_there():
     assert len(NEURONS) == 35
-    assert {case["model"].partition(".")[0] for case in NETWORKS.values()} == {"preresnet", "vgg"}
+    assert {case["model"].partition(".")[0] for case in NETWORKS.values()} == {
+        "preresnet",
+        "vgg",
+        "preresnet_snn",
+        "preresnet_ann",
+    }
 
 
 @pytest.mark.parametrize("name", NEURONS)

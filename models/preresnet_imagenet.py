@@ -1,0 +1,100 @@
+"""PreAct-ResNets for ImageNet: one definition for the ANN, its calibration and the SNN."""
+
+import math
+
+from torch import nn
+
+from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
+
+
+class Block(nn.Module):
+    """A residual block: convolutions of `shapes` (in, out, kernel, stride), each behind batch norm and neuron.
+
+    Takes the branches of the sum before it, returns those of its own; the shortcut starts after the first
+    neuron layer.
+    """
+
+    def __init__(self, shapes, activation, norms_last):
+        super().__init__()
+        modules = {}
+        for i, (in_channels, out_channels, kernel, stride) in enumerate(shapes, start=1):
+            modules[f"bn{i}"] = nn.BatchNorm2d(in_channels)
+            modules[f"conv{i}"] = nn.Conv2d(
+                in_channels, out_channels, kernel, stride, kernel // 2, bias=False
+            )
+        in_channels, stride = shapes[0][0], math.prod(shape[3] for shape in shapes)
+        self.depth = len(shapes)
+        modules["downsample"] = nn.Identity()
+        if stride > 1 or in_channels != out_channels:
+            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            modules["downsample"] = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
+        register(self, modules, norms_last)
+        for i in range(1, self.depth + 1):
+            self.add_module(f"relu{i}", activation())
+
+    def forward(self, branches):
+        for i in range(1, self.depth + 1):
+            train = spiking_layer(branches, getattr(self, f"bn{i}"), getattr(self, f"relu{i}"))
+            if i == 1:
+                first = train
+            branches = [(getattr(self, f"conv{i}"), train)]
+        return [*branches, (self.downsample, first)]
+
+
+def basic(in_channels, channels, stride):
+    """Two 3x3 convolutions. -> the shapes of the block's convolutions"""
+    return [(in_channels, channels, 3, stride), (channels, channels, 3, 1)]
+
+
+def bottleneck(in_channels, channels, stride):
+    """1x1, 3x3 with the stride, 1x1 to four times the channels."""
+    return [(in_channels, channels, 1, 1), (channels, channels, 3, stride), (channels, 4 * channels, 1, 1)]
+
+
+class ImageNetPreActResNet(SpikingNetwork):
+    """PreAct-ResNet on images of any size, as of 224x224: (B, 3, H, W) -> logits (B, num_classes).
+
+    `block(in_channels, channels, stride)` gives the shapes of a block's convolutions, `depths` count the
+    blocks of the four stages, `activation()` makes the neuron layers or an ANN's ReLUs. An activation also
+    stands behind the last pool and at the very end, in the ANN too: its weights are those of the SNN.
+    """
+
+    def __init__(self, block, depths, *, activation, num_classes, dropout, norms_last):
+        super().__init__()  # dropout: these networks have none
+        modules = {"conv1": nn.Conv2d(3, 64, 7, 2, 3, bias=False), "bn1": nn.BatchNorm2d(64)}
+        in_channels = 64
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for i in range(depth):
+                shapes = block(in_channels, 64 << stage, 2 if stage and i == 0 else 1)
+                blocks.append(Block(shapes, activation, norms_last))
+                in_channels = shapes[-1][1]
+            modules[f"layer{stage + 1}"] = nn.Sequential(*blocks)
+        modules |= {"bn2": nn.BatchNorm2d(in_channels), "fc": nn.Linear(in_channels, num_classes)}
+        register(self, modules | {"bn3": nn.BatchNorm1d(num_classes)}, norms_last)
+        self.maxpool = nn.AvgPool2d(3, 2, 1)  # the official name
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.relu1, self.relu2, self.relu3, self.relu4 = (activation() for _ in range(4))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                k, _ = module.kernel_size
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / (k * k * module.out_channels)))
+
+    @property
+    def last_neuron(self):
+        return self.relu4
+
+    def spike(self, image: SpikeTrain):
+        train = spiking_layer([(self.conv1, image)], self.bn1, self.relu1)
+        branches = [(nn.Identity(), train.map(self.maxpool))]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            branches = stage(branches)
+        train = spiking_layer(branches, self.bn2, self.relu2)
+        train = spiking_layer([(nn.Identity(), train.map(self.avgpool))], None, self.relu3)
+        return spiking_layer([(self.fc, train.map(nn.Flatten()))], self.bn3, self.relu4)
+
+
+def register(owner, modules, norms_last):
+    """Add the modules in the order of the official files (SNNs': batch norms last): optimizers go by it."""
+    for name in sorted(modules, key=lambda name: norms_last and name.startswith("bn")):
+        owner.add_module(name, modules[name])
