@@ -14,6 +14,7 @@ from torch import nn
 
 from models.collapsed import collapsed_layer
 from models.functional import membrane
+from models.synchronized import synchronize
 
 
 @dataclass
@@ -92,6 +93,10 @@ class SpikingNetwork(nn.Module):
             train.representation.register_hook(lambda grad: grad * self.last_neuron.decoding_gain)
             return train.representation.clone()  # whose own gradient is that of the logits
         return train.representation
+
+    def synchronize(self):
+        """Let batch norm work over the batches of all processes."""
+        synchronize(self)
 
     def compile_loops(self):
         """Run the time loops of collapsed layers through torch.compile. RuntimeError without a compiler."""

@@ -8,7 +8,7 @@ from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
 
 
 class Block(nn.Module):
-    """A residual block: convolutions of `shapes` (in, out, kernel, stride), each behind batch norm and neuron.
+    """A residual block: convolutions of `shapes` (in, out, kernel, stride) behind batch norms and neurons.
 
     Takes the branches of the sum before it, returns those of its own; the shortcut starts after the first
     neuron layer.

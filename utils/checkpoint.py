@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -22,21 +23,45 @@ def make_folder(folder, flag="--checkpoint"):
         raise UserError(f"{reason}; choose another {flag}") from None
 
 
-def save(content, path, write=torch.save):
-    """Write `content` to `path`: a reader finds the old file or the new one, never a part of one."""
+def save(content, path, previous=None, write=torch.save):
+    """Write `content` to `path`: a reader finds the old file or the new one, never a part of one.
+
+    The old one is kept as `previous`, if that is given.
+    """
     draft = path.with_name(path.name + ".tmp")
     try:
         with draft.open("wb") as file:
             write(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            previous.unlink(missing_ok=True)
+            keep(path, previous)
         draft.replace(path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         draft.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot write {path} ({reason}); free some space, then go on with --resume auto"
         ) from None
+
+
+def keep(path, copy):
+    """Give a file a second name, or a copy where the file system has no such thing."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)
+
+
+def sync_folder(folder):
+    """Put the folder's new names on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def save_text(text, path):
@@ -52,8 +77,8 @@ def find(name, folder):
     raise UserError(f"no file {name}, neither in {folder} nor as a path")
 
 
-def load(path):
-    """The checkpoint in `path`, on the CPU; raises UserError unless it is a whole one."""
+def read(path):
+    """What torch.save wrote to `path`, on the CPU, without running code; UserError unless it is whole."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load reads flipped bits without a word
@@ -63,6 +88,12 @@ def load(path):
     except Exception as error:  # a damaged or foreign file can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}); give another file") from None
+    return content
+
+
+def load(path):
+    """The checkpoint in `path`, on the CPU; raises UserError unless it is a whole one."""
+    content = read(path)
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError(f"{path} is not a checkpoint: it holds no state_dict; give another file")
@@ -76,9 +107,9 @@ def resume(name, files):
     any.
     """
     if name == "auto":
-        for path in filter(Path.is_file, (files.checkpoint, files.best)):
+        for path in filter(Path.is_file, (files.checkpoint, files.previous, files.best)):
             try:
-                content = load_run(path)
+                content = load_run(path, files.accuracy)
             except UserError as error:
                 warn(error)
                 continue
@@ -87,7 +118,7 @@ def resume(name, files):
         print("no checkpoint of this run yet: starting afresh")
         return None, None
     path = find(name, files.folder) if name else None
-    return (load_run(path), path) if path else (None, None)
+    return (load_run(path, files.accuracy), path) if path else (None, None)
 
 
 def started(arguments_file):
@@ -98,24 +129,28 @@ def started(arguments_file):
         return None
 
 
-def load_run(path):
-    """The checkpoint in `path`, which must say how far its run had come."""
+def load_run(path, accuracy):
+    """The checkpoint in `path`, which must say how far its run had come, its best as `best_<accuracy>`."""
     content = load(path)
     try:
-        content["epoch"], content["best_acc"] = int(content["epoch"]), float(content["best_acc"])
-        if content["epoch"] < 0:
+        content["best_acc"] = float(content[f"best_{accuracy}"])  # a number or a tensor of one element
+        content["epoch"], content["iteration"] = int(content["epoch"]), int(content.get("iteration", 0))
+        if min(content["epoch"], content["iteration"]) < 0:
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(
-            f"{path} lacks epoch or best_acc, so no run can go on from it; give another file"
+            f"{path} lacks epoch or best_{accuracy}, so no run can go on from it; give another file"
         ) from None
     if not isinstance(content.get("args"), dict):  # an official one holds no arguments
         content["args"] = {}
     return content
 
 
-def load_weights(model, state_dict, path):
-    """Copy published or own weights, keys with or without `module.`, into `model`; refuse misfits."""
+def load_weights(model, state_dict, path, optional=()):
+    """Copy published or own weights, keys with or without `module.`, into `model`; refuse misfits.
+
+    Keys whose last part is `optional` may be missing.
+    """
     given = {key.removeprefix("module."): value for key, value in state_dict.items()}
     own = model.state_dict()
     wrong = [
@@ -125,6 +160,7 @@ def load_weights(model, state_dict, path):
     ]
     if not wrong:
         missing, unexpected = model.load_state_dict(given, strict=False)
+        missing = [key for key in missing if key.rpartition(".")[2] not in optional]
         wrong = [f"{key} is missing" for key in missing] + [f"{key} is unknown" for key in unexpected]
     if wrong:
         wrong = sorted(wrong)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 
@@ -18,8 +19,16 @@ class UserError(Exception):
         return super().__str__().strip().splitlines()[-1].removeprefix("utils.cli.UserError: ")
 
 
+class Stopped(Exception):  # noqa: N818  (nothing is wrong)
+    """The run was asked to stop by `signal` and has saved its state."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = number
+
+
 def run_program(main, argv=None):
-    """Call `main(argv)`; a UserError or Ctrl-C ends the program with one line and a non-zero exit status."""
+    """Call `main(argv)`; a UserError or a signal ends the program with one line and a non-zero status."""
     try:
         main(argv)
     except UserError as error:
@@ -27,6 +36,9 @@ def run_program(main, argv=None):
             time.sleep(3)  # rank 0 speaks for all: the launcher has ended this process by now, if it did
             sys.exit(f"error: process {os.environ['RANK']}: {error}")
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        warn(f"stopped by {signal.Signals(stopped.signal).name}; --resume auto goes on from the checkpoint")
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,6 @@
 """Data sets. Every random choice about a sample is a function of (seed, epoch, sample index) alone."""
 
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,12 @@ from torchvision.datasets.folder import default_loader
 
 from utils.cli import UserError
 from utils.distributed import rank, world_size
+from utils.signals import ignore_signals
 
 NORMALIZE = {
     "cifar10": transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": transforms.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": transforms.Normalize((0.305,) * 3, (0.376,) * 3),  # mean and deviation of its pixels / 16
 }
 
@@ -58,7 +61,25 @@ def imagefolder(path):
     finish = [transforms.ToTensor(), NORMALIZE["cifar10"]]
     resize = transforms.Resize((32, 32))
     augment = [resize, transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *finish]
-    train, test = read_folder(path / "train", augment), read_folder(held_out, [resize, *finish])
+    return read_folders(path / "train", held_out, augment, [resize, *finish])
+
+
+def imagenet(path, size=224):
+    """<path>/train/<class>/* and <path>/val/<class>/*, as images of size x size; ImageNet's augmentation."""
+    finish = [transforms.ToTensor(), NORMALIZE["imagenet"]]
+    augment = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish]
+    whole = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *finish]
+    return read_folders(path / "train", path / "val", augment, whole)
+
+
+def unaugmented(data):
+    """The training images of image folders, seen as the test images are."""
+    return datasets.ImageFolder(data.train.root, data.test.transform, loader=read_image)
+
+
+def read_folders(train, test, augment, steps):
+    """Data from two folders, with the transforms `augment` and `steps`, if they hold the same classes."""
+    train, test = read_folder(train, augment), read_folder(test, steps)
     if train.classes != test.classes:
         differing = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
         raise UserError(
@@ -144,8 +165,15 @@ def mix_seed(*numbers):
 class EpochSampler(DistributedSampler):
     """A DistributedSampler whose items (epoch, index) tell the data set in which epoch it is asked."""
 
+    first = 0
+
+    def start(self, epoch, first=0):
+        """The next iteration is over `epoch`, from this process's sample number `first` on."""
+        self.set_epoch(epoch)
+        self.first = first
+
     def __iter__(self):
-        return ((self.epoch, index) for index in super().__iter__())
+        return ((self.epoch, index) for index in islice(super().__iter__(), self.first, None))
 
 
 class SeededDataset(Dataset):
@@ -164,7 +192,7 @@ class SeededDataset(Dataset):
 
 
 def train_loader(dataset, *, batch_size, workers, seed, pin_memory):
-    """Batches in an order drawn from (seed, epoch); `loader.sampler.set_epoch(epoch)` starts an epoch.
+    """Batches in an order drawn from (seed, epoch); `loader.sampler.start(epoch)` starts an epoch.
 
     Of each `batch_size` samples in this order every process gets its share.
     """
@@ -183,5 +211,6 @@ def test_loader(dataset, *, batch_size, workers, pin_memory):
 
 def loader(dataset, batch_size, workers, pin_memory, sampler=None):
     settings = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
+    settings["worker_init_fn"] = ignore_signals
     # Its own generator: a DataLoader would draw from the global one, which dropout's masks come from.
     return DataLoader(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **settings)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.cli import UserError
+from utils.cli import UserError, warn
 
 
 def rank():
@@ -21,20 +21,23 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join(device):
+def join(device, backend=None):
     """Join the launcher's processes, if there is one: nccl on GPUs, gloo on CPUs. -> this one's device"""
+    if backend == "nccl" and device.type != "cuda" and "RANK" in os.environ:
+        warn("--dist-backend nccl needs GPUs; the processes talk by gloo")
     if "RANK" not in os.environ:
         return device
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is None:
         local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= found:
             raise UserError(
                 f"process {local} of this machine has no GPU of its own ({found} found); start fewer"
             )
         device = torch.device("cuda", local)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot meet: {str(error).splitlines()[0]}") from None
@@ -86,6 +89,15 @@ def total(tensor):
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_process(number):
+    """The largest of the processes' whole numbers; on CPUs, so that no GPU is waited for."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def same_buffers(model):

@@ -18,9 +18,10 @@ HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
 class RunFiles:
     """The files of a run: `<folder>/<stem>` and an ending."""
 
-    def __init__(self, folder, stem):
-        self.folder = Path(folder)
+    def __init__(self, folder, stem, accuracy="acc"):
+        self.folder, self.accuracy = Path(folder), accuracy  # the latter's name in the checkpoint
         self.checkpoint = self.folder / f"{stem}.pth"
+        self.previous = self.folder / f"{stem}_previous.pth"
         self.best = self.folder / f"{stem}_best.pth"
         self.log = self.folder / f"{stem}.txt"
         self.curves = self.folder / f"{stem}.pdf"

@@ -1,4 +1,4 @@
-"""Firing rates and thresholds of the neuron layers of any network: the modules that hold a `Vth`."""
+"""What layers do: firing rates and thresholds of the modules that hold a `Vth`, and where a NaN began."""
 
 import re
 from contextlib import contextmanager
@@ -10,7 +10,12 @@ def neuron_layers(model):
     """(published name, module) of each neuron layer; blocks are indexed as in `layer1[0].relu1`."""
     for name, module in model.named_modules():
         if hasattr(module, "Vth"):
-            yield re.sub(r"\.(\d+)\.", r"[\1].", name), module
+            yield published_name(name), module
+
+
+def published_name(layer):
+    """`layer1[0].relu1` for `layer1.0.relu1`."""
+    return re.sub(r"\.(\d+)\.", r"[\1].", layer)
 
 
 def thresholds(model):
@@ -37,6 +42,30 @@ def count_spikes(model):
     finally:
         for neuron in neurons.values():
             neuron.observer = None
+
+
+@torch.no_grad()
+def first_not_finite(model, images):
+    """The parameter, or else the first module of the forward pass, with a NaN or an infinity; or None."""
+    found = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+
+    def look(name):
+        def hook(_module, _inputs, output):
+            if torch.is_tensor(output) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    backward, model.backward = getattr(model, "backward", None), "unrolled"  # which calls every module
+    try:
+        if not found:
+            model(images)
+    finally:
+        model.backward = backward
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def firing_rates(counts):

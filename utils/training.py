@@ -1,20 +1,23 @@
 """The training loop of every program."""
 
 import json
+import platform
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.cli import UserError, warn
+from utils.cli import Stopped, UserError, warn
 from utils.data import mix_seed
-from utils.distributed import parallel, rank, same_buffers, total
+from utils.distributed import parallel, rank, same_buffers, share, total
 from utils.records import Recorder, read_log
 from utils.schedule import cosine, warmup_cosine
-from utils.statistics import count_spikes, firing_rates, thresholds
+from utils.signals import StopRequest
+from utils.statistics import count_spikes, firing_rates, first_not_finite, neuron_layers, thresholds
 
 
 @dataclass
@@ -26,13 +29,21 @@ class Result:
     top5: float
     images_per_second: float
 
+    def __str__(self):
+        return f"loss {self.loss:.3f}, top-1 {self.top1:.2f}, top-5 {self.top5:.2f}"
+
 
 class Metrics:
-    """Sums of loss, hits and samples, kept on the device so that a step does not wait for the host."""
+    """Sums of loss, hits and samples, kept on the device so that a step does not wait for the host.
 
-    def __init__(self, device):
+    `earlier`: the sums of the first part of a pass that goes on here.
+    """
+
+    def __init__(self, device, earlier=None):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self.start = time.perf_counter()
+        if earlier is not None and rank() == 0:
+            self.sums += torch.tensor(earlier, device=device)
+        self.start, self.earlier = time.perf_counter(), earlier[-1] if earlier else 0
 
     def add(self, loss, logits, labels):
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -43,24 +54,20 @@ class Metrics:
     def result(self, everywhere=False):
         """Of this process, or of all."""
         *sums, n = (total(self.sums) if everywhere else self.sums).tolist()
-        loss, top1, top5 = (value / n for value in sums)
-        return Result(loss, 100 * top1, 100 * top5, n / (time.perf_counter() - self.start))
+        loss, top1, top5 = (value / max(n, 1) for value in sums)
+        speed = (n - self.earlier) / (time.perf_counter() - self.start)
+        return Result(loss, 100 * top1, 100 * top5, speed)
 
 
-def batches(loader, device, title):
-    """(bar, images, labels), the latter on the device; the progress bar is quiet unless on a terminal."""
+def batches(loader, device, title, metrics, first=0):
+    """(images, labels) on the device; the progress bar is quiet unless on a terminal."""
     quiet = True if rank() else None
     with tqdm(total=len(loader.sampler), desc=title, unit="img", disable=quiet, leave=False) as bar:
+        bar.update(first * loader.batch_size)
         for images, labels in loader:
-            yield bar, images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def show(bar, metrics, n):
-    if bar.update(n):  # true when the bar is redrawn: only then are the sums fetched
-        result = metrics.result()
-        bar.set_postfix_str(
-            f"loss {result.loss:.3f}, top-1 {result.top1:.2f}, top-5 {result.top5:.2f}", refresh=False
-        )
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if bar.update(len(labels)):  # true when the bar is redrawn: only then are the sums fetched
+                bar.set_postfix_str(str(metrics.result()), refresh=False)
 
 
 def autocast(device, precision):
@@ -68,36 +75,69 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def train_epoch(model, loader, optimizer, schedule, device, title, precision="fp32"):
-    """One pass over the training set, one optimizer and schedule step a batch. -> Result"""
+class Watch:
+    """Whether a loss is finite, fetched while the device computes on: no step waits for it."""
+
+    def __init__(self, loss):
+        finite = loss.detach().isfinite()
+        self.arrived = None
+        if loss.is_cuda:
+            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.finite = finite
+
+    def tripped(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return not self.finite.item()
+
+
+def train_steps(model, loader, optimizer, schedule, device, title, metrics, *, precision="fp32", first=0):
+    """Train on the batches of an epoch from number `first` on; after each, yields how many are done."""
     model.train()
-    metrics = Metrics(device)
-    for bar, images, labels in batches(loader, device, title):
+    for step, (images, labels) in enumerate(batches(loader, device, title, metrics, first), start=first):
+        torch.manual_seed(mix_seed(loader.dataset.seed, loader.sampler.epoch, step, rank(), 1))  # dropout's
         with autocast(device, precision):
             logits = model(images)
         loss = F.cross_entropy(logits, labels)
+        watch = Watch(loss)
         optimizer.zero_grad()
         loss.backward()
+        if watch.tripped():  # before the weights are spoilt
+            layer = first_not_finite(getattr(model, "module", model), images) or "the loss itself"
+            raise UserError(
+                f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}; go on from "
+                "the last checkpoint with a lower --lr (--resume FILE)"
+            )
         if schedule.last_epoch == 0:
             warn_if_silent(model)
         optimizer.step()
         schedule.step()
         metrics.add(loss, logits, labels)
-        show(bar, metrics, len(labels))
-    return metrics.result(everywhere=True)
+        yield step + 1
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, precision="fp32"):
-    """One pass over the test set, without gradients. -> Result, layer -> firing rate"""
+def evaluate(model, loader, device, precision="fp32", stop=None):
+    """One pass over the test set, without gradients. -> Result, layer -> firing rate
+
+    Raises Stopped when the StopRequest `stop` has met a signal.
+    """
     model.eval()
     metrics = Metrics(device)
     with count_spikes(model) as counts:
-        for bar, images, labels in batches(loader, device, "test"):
-            with autocast(device, precision):
-                logits = model(images)
-            metrics.add(F.cross_entropy(logits, labels), logits, labels)
-            show(bar, metrics, len(labels))
+        # As many turns in every process, so that all ask for signals alike, whether or not a batch is left.
+        turns = share(len(loader))  # rank 0 has the most
+        for _, batch in zip_longest(range(turns), batches(loader, device, "test", metrics)):
+            if batch is not None:
+                images, labels = batch
+                with autocast(device, precision):
+                    logits = model(images)
+                metrics.add(F.cross_entropy(logits, labels), logits, labels)
+            if stop is not None and (number := stop.signal()):
+                raise Stopped(number)
     counts = {layer: total(pair) for layer, pair in counts.items()}
     return metrics.result(everywhere=True), firing_rates(counts)
 
@@ -106,8 +146,20 @@ def warn_if_silent(model):
     """A network in which no spike gets through learns nothing, and nothing else would tell."""
     first = next(parameter for parameter in model.parameters() if parameter.dim() > 1)
     if not first.grad.any():
-        hint = "lower --Vth or --alpha, or raise --timesteps, --delta_t or --train-batch"
+        hint = "lower --Vth or --alpha, or raise --timesteps, --delta_t or the batch size"
         warn(f"the gradient of the first batch is exactly zero at the first layer; {hint}")
+
+
+def warn_of_layers(model, rates, known):
+    """Name, once each, the layers that never fired and those whose threshold sits at its lower bound."""
+    neurons = dict(neuron_layers(model))
+    silent = [layer for layer in neurons if not rates[layer]]
+    low = [layer for layer, neuron in neurons.items() if neuron.Vth <= neuron.Vth_bound]
+    for what, layers in (("no spike on the test set", silent), ("a threshold at --Vth_bound", low)):
+        layers = [layer for layer in layers if (what, layer) not in known]
+        if layers:
+            warn(f"{what}: {', '.join(layers)}")
+            known.update((what, layer) for layer in layers)
 
 
 def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=False):
@@ -124,16 +176,31 @@ def load_optimizer(optimizer, state, path):
         if state["param_groups"][0].keys().isdisjoint(settings.keys() & {"momentum", "betas"}):
             raise ValueError("it belongs to another --optimizer")
         optimizer.load_state_dict(state)
+        check_shapes(optimizer)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"the optimizer state in {path} does not fit: {error}") from None
     for group in optimizer.param_groups:
         group.update(settings)
 
 
+def check_shapes(optimizer):
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"a {name} of shape {list(value.shape)}, not {list(parameter.shape)}")
+
+
 def fit(model, optimizer, train_loader, test_loader, args, files, resumed, source, device):
-    """Train on from `resumed` (a checkpoint that lay at `source`, or None); log and save every epoch."""
-    first_epoch = resumed["epoch"] if resumed else args.start_epoch
-    own = source in (files.checkpoint, files.best)
+    """Train on from `resumed` (a checkpoint that lay at `source`, or None); log and save every epoch.
+
+    Raises Stopped, with a checkpoint written, when a signal asks for it. A checkpoint's `epoch` counts the
+    epochs that are done, `iteration` the steps of the next one; all that is random is drawn from (seed,
+    epoch, step or sample), so that these two numbers are the state of every random generator.
+    """
+    first_epoch, first_step = args.start_epoch, 0
+    if resumed:
+        first_epoch, first_step = resumed["epoch"], resumed["iteration"]
+    own = source in (files.checkpoint, files.previous, files.best)
     best_acc = resumed["best_acc"] if own else -1.0  # so that this run's first epoch makes its first best
     if first_epoch >= args.epochs:
         print(f"nothing left to train: {first_epoch} of {args.epochs} epochs are done")
@@ -150,29 +217,64 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
     network = parallel(model, device)
     steps = len(train_loader)
     curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
-    schedule = warmup_cosine(optimizer, **curve, first_step=first_epoch * steps)
-    for epoch in range(first_epoch, args.epochs):
-        torch.manual_seed(mix_seed(args.manualSeed, epoch, rank(), 1))  # dropout too goes by (seed, epoch)
-        train_loader.sampler.set_epoch(epoch)
-        title = f"epoch {epoch + 1}/{args.epochs}"
-        train = train_epoch(network, train_loader, optimizer, schedule, device, title, args.precision)
-        same_buffers(model)
-        test, rates = evaluate(model, test_loader, device, args.precision)
-        best = test.top1 > best_acc
-        best_acc = max(best_acc, test.top1)
-        if recorder is None:
-            continue
-        lr = args.lr * cosine(epoch, args.epochs)
-        recorder.add(epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates)
-        state = dict(epoch=epoch + 1, state_dict=model.state_dict(), acc=test.top1, best_acc=best_acc)
-        state |= dict(optimizer=optimizer.state_dict(), args=vars(args), log=recorder.rows)
-        if best:  # first, so that a run killed between the two writes its best again when it is resumed
-            checkpoint.save(state, files.best)
-        checkpoint.save(state, files.checkpoint)
-        recorder.write()
-        print(
-            f"epoch {epoch + 1}/{args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
-            f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {best_acc:.2f}); "
-            f"{train.images_per_second:.0f} images/s",
-            flush=True,
-        )
+    schedule = warmup_cosine(
+        optimizer, **curve, first_step=first_epoch * steps + first_step, within=args.warmup_within_first_epoch
+    )
+
+    def save(epoch, top1, file=files.checkpoint, **progress):
+        state = dict(epoch=epoch, iteration=0, state_dict=model.state_dict(), log=recorder.rows) | progress
+        state |= {files.accuracy: top1, f"best_{files.accuracy}": best_acc, "arch": args.model}
+        versions = dict(torch=str(torch.__version__), python=platform.python_version())
+        state |= dict(optimizer=optimizer.state_dict(), args=vars(args), versions=versions)
+        checkpoint.save(state, file, files.previous if file == files.checkpoint else None)
+
+    def save_within(epoch, step, metrics):
+        sums = total(metrics.sums).tolist()
+        if recorder is not None:
+            save(epoch, recorder.rows[-1][-1] if recorder.rows else -1.0, iteration=step, sums=sums)
+
+    complaints = set()
+    with StopRequest() as stop:
+        for epoch in range(first_epoch, args.epochs):
+            train_loader.sampler.start(epoch, first_step * train_loader.batch_size)
+            title = f"epoch {epoch + 1}/{args.epochs}"
+            metrics = Metrics(device, resumed.get("sums") if first_step else None)
+            along = dict(precision=args.precision, first=first_step)
+            step = first_step
+            for step in train_steps(
+                network, train_loader, optimizer, schedule, device, title, metrics, **along
+            ):
+                number = stop.signal()
+                if number or (args.save_every and step % args.save_every == 0):
+                    save_within(epoch, step, metrics)
+                if number:
+                    raise Stopped(number)
+                if args.print_freq and step % args.print_freq == 0:
+                    print(f"{title}, iteration {step}/{steps}: {metrics.result()}", flush=True)
+            first_step = 0
+            train = metrics.result(everywhere=True)
+            same_buffers(model)
+            try:
+                test, rates = evaluate(model, test_loader, device, args.precision, stop)
+            except Stopped:
+                save_within(epoch, step, metrics)
+                raise
+            best = test.top1 > best_acc
+            best_acc = max(best_acc, test.top1)
+            if recorder is None:
+                continue
+            warn_of_layers(model, rates, complaints)
+            lr = args.lr * cosine(epoch, args.epochs)
+            recorder.add(
+                epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates
+            )
+            if best:  # first, so that a run killed between the two writes its best again when it is resumed
+                save(epoch + 1, test.top1, files.best)
+            save(epoch + 1, test.top1)
+            recorder.write()
+            print(
+                f"epoch {epoch + 1}/{args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
+                f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {best_acc:.2f}); "
+                f"{train.images_per_second:.0f} images/s",
+                flush=True,
+            )

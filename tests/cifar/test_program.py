@@ -53,7 +53,9 @@ def same(first, second):
 def test_a_run_leaves_the_published_files(small, capsys):
     folder = small("--name _a")
     stem = STEM + "_a"
-    expected = {f"{stem}{ending}" for ending in (".pth", "_best.pth", ".txt", ".pdf", ".json", "")}
+    expected = {
+        f"{stem}{ending}" for ending in (".pth", "_best.pth", "_previous.pth", ".txt", ".pdf", ".json", "")
+    }
     assert {path.name for path in folder.iterdir()} == expected
     header, *rows = (folder / f"{stem}.txt").read_text().split("\n")
     assert header == "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc."
@@ -68,7 +70,7 @@ def test_a_run_leaves_the_published_files(small, capsys):
     assert json.loads((folder / f"{stem}.json").read_text())["Vth"] == 0.3
     printed = capsys.readouterr().out
     assert "data: imagefolder, 10 training, 6 test, 2 classes" in printed
-    assert all(str(folder / name) in printed for name in expected)
+    assert all(str(folder / name) in printed for name in expected - {f"{stem}_previous.pth"})
 
 
 def test_tensorboard_holds_curves_thresholds_and_firing_rates(small):
@@ -94,15 +96,15 @@ def test_same_seed_same_weights_whatever_the_workers(small):
 
 def test_resume_auto_goes_on_as_if_nothing_had_happened(small, monkeypatch, capsys):
     whole = small(out="whole")
-    train_epoch, calls = utils.training.train_epoch, []
+    train_steps, calls = utils.training.train_steps, []
 
-    def die_in_the_second_epoch(*args):
+    def die_in_the_second_epoch(*args, **settings):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return train_epoch(*args)
+        return train_steps(*args, **settings)
 
-    monkeypatch.setattr(utils.training, "train_epoch", die_in_the_second_epoch)
+    monkeypatch.setattr(utils.training, "train_steps", die_in_the_second_epoch)
     with pytest.raises(SystemExit) as end:
         small("--resume auto", out="broken")  # nothing there yet: a fresh start
     assert end.value.code == 130
@@ -119,10 +121,10 @@ def test_resume_auto_goes_on_as_if_nothing_had_happened(small, monkeypatch, caps
 def test_resume_auto_ignores_the_checkpoint_of_an_overwritten_run(small, monkeypatch, capsys):
     first = small()
 
-    def die(*args):
+    def die(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils.training, "train_epoch", die)
+    monkeypatch.setattr(utils.training, "train_steps", die)
     with pytest.raises(SystemExit):
         small()  # a start without --resume, killed before its first checkpoint
     monkeypatch.undo()
@@ -190,7 +192,7 @@ def test_a_resumed_run_keeps_its_seed(small):
     folder = small("--epochs 1", seed=0)
     arguments = json.loads((folder / f"{STEM}.json").read_text())
     again = " ".join(f"--{key} {arguments[key]}" for key in ("dataset", "path", "checkpoint"))
-    start(shlex.split(f"{again} {SMALL} --epochs 2 --workers 0 --device cpu --resume auto"))
+    start(shlex.split(f"{again} {SMALL} --epochs 2 --workers 0 --device cpu --resume {STEM}.pth"))
     assert same(weights(whole), weights(folder))
 
 
@@ -218,14 +220,19 @@ def test_without_a_compiler_the_plain_loop_runs(small, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     assert (small("--epochs 1 --compile") / f"{STEM}.pth").is_file()
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("warning: --compile is left out") and "no C++ compiler" in line
+
+
+LAYERS = [f"layer{stage}[{block}].relu{i}" for stage in (1, 2, 3) for block in (0, 1, 2) for i in (1, 2)]
+LAYERS += ["relu1", "relu2", "relu3"]
 
 
 def test_silent_network_is_reported(small, capsys):
     small("--epochs 1 --Vth 500")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and "gradient" in warnings[0] and "--Vth" in warnings[0]
+    assert "gradient" in warnings[0] and "--Vth" in warnings[0]
+    assert warnings[1:] == ["warning: no spike on the test set: " + ", ".join(LAYERS)]
 
 
 MISTAKES = {
@@ -265,7 +272,7 @@ MISTAKES = {
     "--name a/b": "--name",
     "--device cuda": "--device",
     "--device tpu": "--device",
-    "--model preresnet.resnet20_ann --train-batch 1": "--train-batch",
+    "--model preresnet.resnet20_ann --train-batch 1": "batch size",
     "--no-such-flag 1": "--no-such-flag",
     "--model vgg.vgg11_lif": "event frames",
     "--dataset CIFAR10DVS": "event frames",
