@@ -57,11 +57,15 @@ class Peer(nn.Module):
 
 def build(variant, args, timesteps):
     """The network of a variant."""
-    settings = registry.CIFAR_SETTINGS | dict(timesteps=timesteps)
+    imagenet = args.model.startswith("preresnet_snn.")
+    settings = (registry.IMAGENET_SETTINGS if imagenet else registry.CIFAR_SETTINGS) | dict(
+        timesteps=timesteps
+    )
     family, kind = args.model.rsplit("_", 1)
     torch.manual_seed(0)
     if variant == "ann":
-        return create_model(family + "_ann").to(args.device)
+        name = family.replace("_snn", "_ann") if imagenet else family + "_ann"
+        return create_model(name, num_classes=settings["num_classes"]).to(args.device)
     if variant == "peer":
         network, _ = registry.NETWORKS[args.model]
         del settings["num_classes"]
@@ -75,7 +79,7 @@ def build(variant, args, timesteps):
 def step(variant, args, timesteps):
     """A function that does one training step (or a forward pass, with --inference) of the variant."""
     torch.manual_seed(1)
-    shape = (timesteps, 2, 48, 48) if args.model.startswith("vgg") else (3, 32, 32)
+    shape = (timesteps, 2, 48, 48) if args.model.startswith("vgg") else (3, args.image_size, args.image_size)
     x = torch.randn(args.batch, *shape, device=args.device)
     labels = torch.randint(10, (args.batch,), device=args.device)
     if variant == "floor":
@@ -154,6 +158,7 @@ def measure(variants, args, timesteps):
 def peak_memory(variant, args, timesteps):
     """Peak bytes of two steps in a process of their own."""
     flags = f"--model {args.model} --batch {args.batch} --device {args.device} --timesteps {timesteps}"
+    flags += f" --image_size {args.image_size}"
     command = [sys.executable, __file__, *flags.split(), "--peak", variant] + ["--inference"] * args.inference
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -194,6 +199,7 @@ def get_parser():
     parser.add_argument("--model", default="preresnet.resnet18_lif")
     parser.add_argument("--timesteps", type=int, nargs="+", default=[20])
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--image_size", type=int, default=32, help="of other networks than vgg.*")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")

@@ -45,7 +45,11 @@ class SpikeTrain:
         if self.representation is None:
             return replace(self, spikes=function(self.values()), amplitude=None)
         with torch.no_grad():
-            spikes, mean = function(self.values()), function(self.mean)
+            # Amplitude first, as in unrolled networks: pooled spikes may tie with a threshold. A few steps at
+            # a time: these copies could be the largest tensors of all.
+            parts = self.spikes.split(len(self.mean) * max(1, self.timesteps // 4))
+            parts = [function(replace(self, spikes=part).values()) for part in parts]
+            spikes, mean = torch.cat(parts), function(self.mean)
         representation = function(self.representation)
         return replace(self, spikes=spikes, amplitude=None, mean=mean, representation=representation)
 

@@ -1,6 +1,7 @@
 """PreAct-ResNets for ImageNet: one definition for the ANN, its calibration and the SNN."""
 
 import math
+from itertools import chain
 
 from torch import nn
 
@@ -85,10 +86,10 @@ class ImageNetPreActResNet(SpikingNetwork):
         return self.relu4
 
     def spike(self, image: SpikeTrain):
-        train = spiking_layer([(self.conv1, image)], self.bn1, self.relu1)
-        branches = [(nn.Identity(), train.map(self.maxpool))]
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            branches = stage(branches)
+        first = [(self.conv1, image)]  # no name for its spikes, the largest of all: they would stay
+        branches = [(nn.Identity(), spiking_layer(first, self.bn1, self.relu1).map(self.maxpool))]
+        for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
+            branches = block(branches)
         train = spiking_layer(branches, self.bn2, self.relu2)
         train = spiking_layer([(nn.Identity(), train.map(self.avgpool))], None, self.relu3)
         return spiking_layer([(self.fc, train.map(nn.Flatten()))], self.bn3, self.relu4)
