@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each of the processes that run tests side by side
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
