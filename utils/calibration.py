@@ -71,5 +71,6 @@ def number(value):
     """A float from a number, a tensor of one element or a 1-tuple of it; NaN for anything else."""
     if isinstance(value, (tuple, list)) and len(value) == 1:
         value = value[0]
-    single = isinstance(value, (int, float)) or torch.is_tensor(value) and value.numel() == 1
-    return float(value) if single else math.nan
+    if torch.is_tensor(value) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, (int, float)) else math.nan
