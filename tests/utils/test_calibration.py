@@ -31,7 +31,7 @@ def test_golden_thresholds_in_any_batch_split(name, float64):
 
 
 def test_the_fraction_counts_by_hand():
-    """1 to 2000: int(0.999*2000) = 1998, where 1999 stands; 999 zeros of 1000 leave the last; all negative."""
+    """Of 1 to 2000 element int(0.999*2000) = 1998 is 1999; of 999 zeros and a 7 the last; no negatives."""
     relu = nn.Sequential(nn.Identity(), nn.ReLU())
     shuffled = 1 + torch.randperm(2000, generator=torch.Generator().manual_seed(0)).float().view(20, 100)
     one = torch.zeros(10, 100)
