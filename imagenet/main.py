@@ -74,8 +74,12 @@ def get_parser():
 def main(argv):
     """Train, evaluate or calibrate as the flags say. Raises UserError."""
     args = get_parser().parse(argv)
+    found = torch.cuda.device_count()
+    if args.gpu is not None and args.gpu >= found:
+        raise UserError(f"--gpu {args.gpu}: this machine has {found} CUDA devices; leave it out")
     device = choose_device(args.device if args.gpu is None else f"cuda:{args.gpu}")
-    if "LOCAL_RANK" not in os.environ and (args.multiprocessing_distributed or args.world_size > 1):
+    several = (args.multiprocessing_distributed or args.world_size > 1) and not args.calculate_Vth
+    if several and "LOCAL_RANK" not in os.environ:
         launch(sys.argv[1:] if argv is None else argv, args, device)
         return
     device = distributed.join(device, args.dist_backend)
@@ -105,27 +109,35 @@ def launch(argv, args, device):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    machines, machine = args.world_size, args.rank
-    if args.dist_url == "env://":
+    machines, machine, url = args.world_size, args.rank, args.dist_url
+    if url == "env://":
         env = os.environ
         machines, machine = int(env.get("WORLD_SIZE", machines)), int(env.get("RANK", machine))
-        args.dist_url = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', 29500)}"
-    host, _, port = args.dist_url.removeprefix("tcp://").rpartition(":")
-    if machines > 1 and not (0 <= machine < machines and host and port.isdecimal()):
+        url = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', 29500)}"
+    given = "--dist-url" in " ".join(argv)
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    if not (url.startswith("tcp://") and host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--dist-url {args.dist_url} must be tcp://HOST:PORT or env://")
+    if machines > 1 and not (0 <= machine < machines and given):
         raise UserError(
             f"--world-size {machines} needs --rank 0 to {machines - 1} and --dist-url tcp://HOST:PORT"
         )
+    if machines <= 1 and machine > 0:
+        raise UserError(f"--rank {machine} needs a --world-size above it")
     processes = 1
     if args.multiprocessing_distributed:
         processes = torch.cuda.device_count() if device.type == "cuda" else args.cpu_processes
     where = ["--standalone"]
-    if machines > 1 or "--dist-url" in " ".join(argv):
+    if given:
         where = ["--nnodes", machines, "--node_rank", machine, "--master_addr", host, "--master_port", port]
         where = [*map(str, where)] if machines > 1 else ["--nnodes", "1", *map(str, where[4:])]
     try:
         torchrun([*where, "--nproc_per_node", str(processes), str(Path(__file__).resolve()), *argv])
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the processes cannot meet at {url} ({reason}); try another --dist-url") from None
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
 
