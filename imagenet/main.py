@@ -11,6 +11,7 @@
 Also under torchrun. Several machines: --world-size M --rank 0 to M-1, with one --dist-url tcp://HOST:PORT.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def get_parser():
         help=text,
     )
     add("-b", "--batch-size", dest="train_batch", type=count, default=144, help="of all processes together")
-    add("-p", "--print-freq", type=natural, default=1000, help="iterations between two lines of progress")
+    add("-p", "--print-freq", type=natural, help="iterations between two lines of progress")
     seed = number(int, 0, high=2**63 - 1)
     add("--seed", dest="manualSeed", type=seed, help="of everything random; drawn and recorded if not given")
     add("--image_size", type=number(int, 32), default=224, help="images are cut out at this size")
@@ -59,15 +60,20 @@ def get_parser():
     add("--calibrate_split", choices=("train", "val"), default="train", help=text)
     add("--world-size", type=int, default=-1, help="number of machines")
     add("--rank", type=int, default=-1, help="number of this machine, from 0")
-    add("--dist-url", default="tcp://224.66.41.62:23456", help="where the machines meet: tcp://HOST:PORT")
-    add("--dist-backend", choices=("nccl", "gloo"), default="nccl")
+    add(
+        "--dist-url",
+        default="tcp://224.66.41.62:23456",
+        help="where the processes meet: tcp://HOST:PORT or env://",
+    )
+    add("--dist-backend", choices=("nccl", "gloo"), default="nccl", help="without GPUs always gloo")
     add("--gpu", type=natural, help="use this GPU alone")
     text = "start the processes of this machine: one for each GPU, or --cpu_processes without one"
     add("--multiprocessing-distributed", action="store_true", help=text)
-    add("--cpu_processes", type=count, default=2)
+    add("--cpu_processes", type=count, default=2, help="processes on a machine without GPUs")
     neurons = {name: value for name, value in IMAGENET_SETTINGS.items() if name != "num_classes"}
     training = dict(epochs=90, lr=0.001, warmup=5000, weight_decay=0.0, optimizer="adam", save_every=1000)
-    add_flags(parser, BACKWARDS, **neurons, **training, warmup_within_first_epoch=True)
+    training.update(print_freq=1000, warmup_within_first_epoch=True)
+    add_flags(parser, BACKWARDS, **neurons, **training)
     return parser
 
 
@@ -148,6 +154,9 @@ def calculate_thresholds(args, folder, device, data):
         raise UserError("--calculate_Vth needs the weights of an ANN: --pre_train FILE")
     if args.model.startswith("preresnet_snn"):
         raise UserError(f"--calculate_Vth needs an ANN: --arch preresnet_cal_Vth.*, not {args.model}")
+    if "/" in args.calculate_Vth:
+        raise UserError(f"--calculate_Vth {args.calculate_Vth} must not contain a slash")
+    print(f"data: imagenet, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
     checkpoint.make_folder(folder)
     path = checkpoint.find(args.pre_train, folder)
     model = create_model(args.model, num_classes=data.classes).to(device)
@@ -164,8 +173,12 @@ def calculate_thresholds(args, folder, device, data):
     thresholds = calibrate(model, (batch.to(device) for batch, _ in batches), len(chosen))
     for name, value in thresholds.items():
         print(f"{name:24} {value:10.4f}")
-    file = folder / f"{args.calculate_Vth}.dict"
-    checkpoint.save(thresholds, file)
+    dead = [name for name, value in thresholds.items() if not 0 < value < math.inf]
+    if dead:
+        raise UserError(f"no threshold file: {path} gives no positive number for {', '.join(dead)}")
+    file = folder / f"{args.calculate_Vth.removesuffix('.dict')}.dict"
+    if distributed.rank() == 0:
+        checkpoint.save(thresholds, file)
     print(f"thresholds of {len(chosen)} images of {args.calibrate_split}: {file}")
 
 

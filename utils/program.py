@@ -38,7 +38,7 @@ def add_flags(parser, backwards, **defaults):
     """The flags of every program; each program has `defaults` of its own."""
     add = parser.add_argument
     add("-j", "--workers", type=natural, default=4, help="processes that load data besides the program's own")
-    add("--name", default="", help="suffix of the names of the run's files")
+    add("--name", default="", help="goes into the names of the run's files")
     add("--timesteps", type=count, help="T, the latency")
     add("--Vth", type=positive, help="initial threshold")
     add("--tau", type=positive, help="LIF: time constant of the membrane")
