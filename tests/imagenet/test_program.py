@@ -76,7 +76,7 @@ def free_port():
 
 
 def published_commands():
-    """As in the paper's repository; see the program's docstring and its read-me."""
+    """As in the read-me of the authors' repository."""
     return [
         "imagenet/main.py --arch preresnet_ann.resnet18 --data ./data/imagenet --name model_ann "
         "--optimizer SGD --wd 1e-4 --batch-size 256 --lr 0.1",
@@ -86,6 +86,14 @@ def published_commands():
         "--world-size 1 --rank 0 --arch preresnet_snn.resnet18_if --data ./data/imagenet "
         "--pre_train model_ann.pth --load_Vth resnet18_Vth.dict",
     ]
+
+
+def test_the_read_me_gives_the_published_commands():
+    lines = (ROOT / "imagenet" / "README.md").read_text().splitlines()
+    assert all(f"python {command}" in lines for command in published_commands())
+    for line in lines:
+        if line.startswith("python imagenet/main.py"):
+            assert get_parser().parse(line.split()[2:]).path == "./data/imagenet"
 
 
 def test_the_published_chain(home):
@@ -393,12 +401,3 @@ def test_a_mistake_gets_one_line(flags, program, mistakes, tmp_path, monkeypatch
     assert end.value.code not in (0, None)
     assert message.startswith("error: ") and len(message.strip().splitlines()) == 1 and named in message
     assert not [*tmp_path.glob("out/imagenet/*.pth"), *tmp_path.glob("out/imagenet/*.dict")]
-
-
-def test_processes_speak_in_one_line(home, tmp_path):
-    """A mistake that the processes find themselves: no traceback of those that wait for the first."""
-    command = [sys.executable, MAIN, "--multiprocessing-distributed", "--data", "nowhere", "-c", tmp_path]
-    ended = subprocess.run(command, cwd=home, env=environment(), capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert "nowhere/train" in line
