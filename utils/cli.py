@@ -33,7 +33,7 @@ def run_program(main, argv=None):
         main(argv)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # rank 0 speaks for all: the launcher has ended this process by now, if it did
+            time.sleep(10)  # rank 0 speaks for all: the launcher has ended this process by now, if it did
             sys.exit(f"error: process {os.environ['RANK']}: {error}")
         sys.exit(f"error: {error}")
     except Stopped as stopped:
