@@ -118,7 +118,9 @@ def run(args, files, device, load, create_model, prepare=None):
         done = f"{resumed['epoch']} epochs"
         if resumed["iteration"]:
             done += f" and {resumed['iteration']} iterations"
-        print(f"resumed from {source}: {done}, best top-1 {resumed['best_acc']:.2f} %")
+        if resumed["best_acc"] >= 0:  # no epoch is done otherwise
+            done += f", best top-1 {resumed['best_acc']:.2f} %"
+        print(f"resumed from {source}: {done}")
     prepared = not resumed and prepare is not None and prepare(model)
     if args.evaluate:
         if not resumed and not prepared:
