@@ -187,8 +187,8 @@ def test_a_killed_process(data, tmp_path):
 
 def test_mistakes_get_one_line_from_rank_0(data, tmp_path):
     for flags, expected in (
-        (["--train-batch", "3"], "multiple of 2"),
-        (["--train-batch", "1"], "multiple of 2"),
+        (["--train-batch", "3"], "total of 2 processes"),
+        (["--train-batch", "1"], "total of 2 processes"),
         (["--path", str(tmp_path / "nowhere")], "nowhere"),
         (["--device", "cuda"], "--device"),
     ):
