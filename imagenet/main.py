@@ -11,6 +11,7 @@
 Also under torchrun. Several machines: --world-size M --rank 0 to M-1, with one --dist-url tcp://HOST:PORT.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def get_parser():
         help=text,
     )
     add("-b", "--batch-size", dest="train_batch", type=count, default=144, help="of all processes together")
-    add("-p", "--print-freq", type=natural, default=1000, help="iterations between two lines of progress")
+    add("-p", "--print-freq", type=natural, help="iterations between two lines of progress")
     seed = number(int, 0, high=2**63 - 1)
     add("--seed", dest="manualSeed", type=seed, help="of everything random; drawn and recorded if not given")
     add("--image_size", type=number(int, 32), default=224, help="images are cut out at this size")
@@ -59,23 +60,32 @@ def get_parser():
     add("--calibrate_split", choices=("train", "val"), default="train", help=text)
     add("--world-size", type=int, default=-1, help="number of machines")
     add("--rank", type=int, default=-1, help="number of this machine, from 0")
-    add("--dist-url", default="tcp://224.66.41.62:23456", help="where the machines meet: tcp://HOST:PORT")
-    add("--dist-backend", choices=("nccl", "gloo"), default="nccl")
+    add(
+        "--dist-url",
+        default="tcp://224.66.41.62:23456",
+        help="where the processes meet: tcp://HOST:PORT or env://",
+    )
+    add("--dist-backend", choices=("nccl", "gloo"), default="nccl", help="without GPUs always gloo")
     add("--gpu", type=natural, help="use this GPU alone")
     text = "start the processes of this machine: one for each GPU, or --cpu_processes without one"
     add("--multiprocessing-distributed", action="store_true", help=text)
-    add("--cpu_processes", type=count, default=2)
+    add("--cpu_processes", type=count, default=2, help="processes on a machine without GPUs")
     neurons = {name: value for name, value in IMAGENET_SETTINGS.items() if name != "num_classes"}
     training = dict(epochs=90, lr=0.001, warmup=5000, weight_decay=0.0, optimizer="adam", save_every=1000)
-    add_flags(parser, BACKWARDS, **neurons, **training, warmup_within_first_epoch=True)
+    training.update(print_freq=1000, warmup_within_first_epoch=True)
+    add_flags(parser, BACKWARDS, **neurons, **training)
     return parser
 
 
 def main(argv):
     """Train, evaluate or calibrate as the flags say. Raises UserError."""
     args = get_parser().parse(argv)
+    found = torch.cuda.device_count()
+    if args.gpu is not None and args.gpu >= found:
+        raise UserError(f"--gpu {args.gpu}: this machine has {found} CUDA devices; leave it out")
     device = choose_device(args.device if args.gpu is None else f"cuda:{args.gpu}")
-    if "LOCAL_RANK" not in os.environ and (args.multiprocessing_distributed or args.world_size > 1):
+    several = (args.multiprocessing_distributed or args.world_size > 1) and not args.calculate_Vth
+    if several and "LOCAL_RANK" not in os.environ:
         launch(sys.argv[1:] if argv is None else argv, args, device)
         return
     device = distributed.join(device, args.dist_backend)
@@ -105,27 +115,35 @@ def launch(argv, args, device):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    machines, machine = args.world_size, args.rank
-    if args.dist_url == "env://":
+    machines, machine, url = args.world_size, args.rank, args.dist_url
+    if url == "env://":
         env = os.environ
         machines, machine = int(env.get("WORLD_SIZE", machines)), int(env.get("RANK", machine))
-        args.dist_url = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', 29500)}"
-    host, _, port = args.dist_url.removeprefix("tcp://").rpartition(":")
-    if machines > 1 and not (0 <= machine < machines and host and port.isdecimal()):
+        url = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', 29500)}"
+    given = "--dist-url" in " ".join(argv)
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    if not (url.startswith("tcp://") and host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--dist-url {args.dist_url} must be tcp://HOST:PORT or env://")
+    if machines > 1 and not (0 <= machine < machines and given):
         raise UserError(
             f"--world-size {machines} needs --rank 0 to {machines - 1} and --dist-url tcp://HOST:PORT"
         )
+    if machines <= 1 and machine > 0:
+        raise UserError(f"--rank {machine} needs a --world-size above it")
     processes = 1
     if args.multiprocessing_distributed:
         processes = torch.cuda.device_count() if device.type == "cuda" else args.cpu_processes
     where = ["--standalone"]
-    if machines > 1 or "--dist-url" in " ".join(argv):
+    if given:
         where = ["--nnodes", machines, "--node_rank", machine, "--master_addr", host, "--master_port", port]
         where = [*map(str, where)] if machines > 1 else ["--nnodes", "1", *map(str, where[4:])]
     try:
         torchrun([*where, "--nproc_per_node", str(processes), str(Path(__file__).resolve()), *argv])
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the processes cannot meet at {url} ({reason}); try another --dist-url") from None
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
 
@@ -136,6 +154,9 @@ def calculate_thresholds(args, folder, device, data):
         raise UserError("--calculate_Vth needs the weights of an ANN: --pre_train FILE")
     if args.model.startswith("preresnet_snn"):
         raise UserError(f"--calculate_Vth needs an ANN: --arch preresnet_cal_Vth.*, not {args.model}")
+    if "/" in args.calculate_Vth:
+        raise UserError(f"--calculate_Vth {args.calculate_Vth} must not contain a slash")
+    print(f"data: imagenet, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
     checkpoint.make_folder(folder)
     path = checkpoint.find(args.pre_train, folder)
     model = create_model(args.model, num_classes=data.classes).to(device)
@@ -152,8 +173,12 @@ def calculate_thresholds(args, folder, device, data):
     thresholds = calibrate(model, (batch.to(device) for batch, _ in batches), len(chosen))
     for name, value in thresholds.items():
         print(f"{name:24} {value:10.4f}")
-    file = folder / f"{args.calculate_Vth}.dict"
-    checkpoint.save(thresholds, file)
+    dead = [name for name, value in thresholds.items() if not 0 < value < math.inf]
+    if dead:
+        raise UserError(f"no threshold file: {path} gives no positive number for {', '.join(dead)}")
+    file = folder / f"{args.calculate_Vth.removesuffix('.dict')}.dict"
+    if distributed.rank() == 0:
+        checkpoint.save(thresholds, file)
     print(f"thresholds of {len(chosen)} images of {args.calibrate_split}: {file}")
 
 

@@ -56,6 +56,8 @@ def load_thresholds(model, path):
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no thresholds; write them by --calculate_Vth")
     neurons = {threshold_name(name): neuron for name, neuron in neuron_layers(model)}
+    if not neurons:
+        raise UserError(f"an ANN takes no thresholds, such as those in {path}; choose an SNN")
     wrong = [f"{name} is missing" for name in neurons if name not in content]
     wrong += [f"{str(name)[:60]} is unknown" for name in content if name not in neurons]
     values = {name: number(content[name]) for name in neurons if name in content}
@@ -71,5 +73,6 @@ def number(value):
     """A float from a number, a tensor of one element or a 1-tuple of it; NaN for anything else."""
     if isinstance(value, (tuple, list)) and len(value) == 1:
         value = value[0]
-    single = isinstance(value, (int, float)) or torch.is_tensor(value) and value.numel() == 1
-    return float(value) if single else math.nan
+    if torch.is_tensor(value) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, (int, float)) else math.nan

@@ -69,7 +69,10 @@ def first_on_each_machine():
     """One process of each machine runs the body before the others do: it prepares what they then find."""
     waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
     if dist.is_initialized() and waits:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise UserError("the first process of this machine has ended") from None
     yield
     if dist.is_initialized() and not waits:
         dist.barrier()

@@ -38,7 +38,7 @@ def add_flags(parser, backwards, **defaults):
     """The flags of every program; each program has `defaults` of its own."""
     add = parser.add_argument
     add("-j", "--workers", type=natural, default=4, help="processes that load data besides the program's own")
-    add("--name", default="", help="suffix of the names of the run's files")
+    add("--name", default="", help="goes into the names of the run's files")
     add("--timesteps", type=count, help="T, the latency")
     add("--Vth", type=positive, help="initial threshold")
     add("--tau", type=positive, help="LIF: time constant of the membrane")
@@ -118,7 +118,9 @@ def run(args, files, device, load, create_model, prepare=None):
         done = f"{resumed['epoch']} epochs"
         if resumed["iteration"]:
             done += f" and {resumed['iteration']} iterations"
-        print(f"resumed from {source}: {done}, best top-1 {resumed['best_acc']:.2f} %")
+        if resumed["best_acc"] >= 0:  # no epoch is done otherwise
+            done += f", best top-1 {resumed['best_acc']:.2f} %"
+        print(f"resumed from {source}: {done}")
     prepared = not resumed and prepare is not None and prepare(model)
     if args.evaluate:
         if not resumed and not prepared:

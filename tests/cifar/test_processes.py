@@ -187,14 +187,15 @@ def test_a_killed_process(data, tmp_path):
 
 def test_mistakes_get_one_line_from_rank_0(data, tmp_path):
     for flags, expected in (
-        (["--train-batch", "3"], "multiple of 2"),
-        (["--train-batch", "1"], "multiple of 2"),
+        (["--train-batch", "3"], "total of 2 processes"),
+        (["--train-batch", "1"], "total of 2 processes"),
         (["--path", str(tmp_path / "nowhere")], "nowhere"),
         (["--device", "cuda"], "--device"),
     ):
         ended = launch(TORCHRUN, 2, PROGRAM, *data, *SMALL, "-c", str(tmp_path / "out"), *flags, check=False)
         errors = [line for line in ended.stderr.splitlines() if "error: " in line and "torch" not in line]
         assert ended.returncode != 0 and len(errors) == 1 and expected in errors[0], ended.stderr
+        assert "[rank1]" not in ended.stderr  # no traceback of the one that waits for the first
     assert not (tmp_path / "out").exists()
 
 

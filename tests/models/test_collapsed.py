@@ -11,6 +11,7 @@ from torch import nn
 
 from models import IFNeuron, LIFNeuron, create_model
 from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
+from models.preresnet_imagenet import ImageNetPreActResNet, basic
 from utils.statistics import count_spikes, firing_rates
 
 SETTINGS = dict(Vth=0.4, alpha=0.4, delta_t=0.3, tau=1.7)
@@ -120,6 +121,36 @@ def test_wide_networks(name, float64):
     model = create_model(name, num_classes=5, timesteps=2, dropout=0.0, **SETTINGS | dict(Vth=0.3, alpha=0.3))
     randomize(model)
     assert_same(model, torch.randn(2, 3, 32, 32) if "resnet" in name else 3 * torch.rand(2, 2, 2, 48, 48))
+
+
+def shrunk_imagenet(kind, train_Vth):
+    """The ImageNet network with one block a stage and a sixteenth of the channels."""
+    settings = dict(timesteps=4, Vth=0.4, alpha=0.4, train_Vth=train_Vth)
+    settings |= dict(delta_t=0.3, tau=1.7) if kind == "lif" else {}
+    return ImageNetPreActResNet(
+        lambda in_channels, channels, stride: basic(in_channels, channels // 16, stride),
+        [1, 1, 1, 1],
+        activation=lambda: KINDS[kind](**settings),
+        num_classes=5,
+        dropout=0.0,
+        norms_last=True,
+    )
+
+
+@pytest.mark.parametrize("train_Vth", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_imagenet_networks(kind, training, train_Vth, float64):
+    model = shrunk_imagenet(kind, train_Vth)
+    randomize(model, seed=3)
+    x = torch.randn(4, 3, 32, 32)
+    for _ in range(20):  # running statistics for eval
+        model(x)
+    model.train(training)
+    assert (zones(model, x) > 0).all()
+    unrolled, _ = assert_same(model, x)
+    assert unrolled.conv1.weight.grad.any()
+    assert (unrolled.relu1.Vth.grad is not None) is train_Vth
 
 
 @pytest.mark.parametrize(("kind", "static", "T"), [*itertools.product(KINDS, (True, False), (1, 4))])

@@ -32,6 +32,22 @@ def test_learning_rate_at_every_iteration(steps, warmup, first_epoch):
         schedule.step()
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 250), (100, 40), (7, 0)])
+@pytest.mark.parametrize("first_step", [0, 33, 150])
+def test_warmup_within_the_first_epoch(steps, warmup, first_step):
+    """(it+1)/warmup holds in epoch 0 alone, in a resumed run too; then the plain cosine."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    curve = dict(lr=0.1, epochs=3, steps_per_epoch=steps, warmup=warmup, within=True)
+    schedule = warmup_cosine(optimizer, **curve, first_step=first_step)
+    for it in range(first_step, 3 * steps):
+        expected = 0.5 * 0.1 * (1 + math.cos(math.pi * (it // steps) / 3))
+        if it < min(steps, warmup):
+            expected *= (it + 1) / warmup
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
 def test_metrics_count_every_sample():
     torch.manual_seed(0)
     logits, labels = torch.randn(50, 8), torch.randint(0, 8, (50,))
