@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: it finishes its step, writes a checkpoint and ends with 128 + signal."""
 
+import os
 import signal
 
 from utils.distributed import any_process
@@ -31,7 +32,11 @@ class StopRequest:
         return any_process(self.received)
 
 
-def ignore_signals(_worker):
-    """In a worker that loads data: the run that it works for decides when to stop."""
-    for number in SIGNALS:
+def leave_group(_worker):
+    """In a worker that loads data: what a terminal or launcher sends to all processes is for the run alone.
+
+    Its own SIGTERM still ends it: that is how Python clears up behind a program.
+    """
+    os.setpgrp()
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
