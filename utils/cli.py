@@ -56,14 +56,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, presets, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
         self.presets = presets
-        self.add_argument("--preset", help="named set of defaults: " + ", ".join(presets))
+        if presets:
+            self.add_argument("--preset", help="named set of defaults: " + ", ".join(presets))
 
     def error(self, message):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
     def parse(self, argv=None):
         """Command line before preset before default."""
-        name = self.parse_known_args(argv)[0].preset
+        name = getattr(self.parse_known_args(argv)[0], "preset", None)
         if name is not None and name not in self.presets:
             raise UserError(f"unknown preset {name!r}; choose from: {', '.join(self.presets)}")
         self.set_defaults(**self.presets.get(name, {}))
