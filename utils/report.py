@@ -220,10 +220,14 @@ def draw(_, file, measured, main, chain):
     rate.set(ylabel="firing rate (%)")
     error.bar(layers, [100 * value for value in main.relative.values()], label=f"T={main.timesteps}")
     error.set(ylabel="representation error (% of maximum)")
+    for axes in (left, right):
+        axes.set_xticks(steps)
     for axes in (rate, error):
         axes.set_xticks(layers, main.rates, rotation=90, fontsize=8 if len(layers) <= 40 else 4)
+        axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
     for axes in (left, right, rate, error):
+        axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8, loc="best" if axes in (left, right) else "upper right")
     figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -3,6 +3,7 @@
 import json
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils import checkpoint
 from utils.cli import UserError
@@ -30,7 +31,7 @@ class Outcome:
     @property
     def data(self):
         name = self.args.get("dataset", "imagenet")
-        return f"{name} from {self.args['path']}" if name in ("imagefolder", "imagenet") else name
+        return f"{name} ({Path(self.args['path']).name})" if name in ("imagefolder", "imagenet") else name
 
 
 def read_outcome(file):

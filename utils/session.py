@@ -66,9 +66,8 @@ def hardware(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return (
-        f"{torch.get_num_threads()} threads of {(names or [platform.processor() or platform.machine()])[0]}"
-    )
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, threads: {torch.get_num_threads()}"
 
 
 def commit():
