@@ -123,7 +123,9 @@ def conditions(outcomes):
 
 
 def read_scalars(folder):
-    """(tag, values) of TensorBoard's scalars."""
+    """(tag, values) of TensorBoard's scalars in `folder`, none if there is no such folder."""
+    if not folder.is_dir():
+        return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
