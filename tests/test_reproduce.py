@@ -213,7 +213,8 @@ def test_report_of_each_program_and_neuron(name, images, tmp_path, capsys):
     argv = ["report", str(tmp_path / "x.pth"), "--timesteps", "4", "--limit", "5", "--ann", "ann.pth"]
     if "_snn" in name:
         model = create_model(ann, num_classes=2)
-        torch.save(calibrate(model, [torch.randn(4, 3, 32, 32)], 4), tmp_path / "t.dict")
+        names = calibrate(model, [torch.randn(4, 3, 32, 32)], 4)
+        torch.save(dict.fromkeys(names, 2.0), tmp_path / "t.dict")  # an untrained ANN's could be 0
         argv += ["--thresholds", "t.dict"]
     reproduce.main(argv)
     page = (tmp_path / "x_report.md").read_text()

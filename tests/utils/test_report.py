@@ -62,9 +62,9 @@ def test_two_layers_by_hand(pool, features, copies, backward):
 
 
 def test_representation_error_of_lif():
-    """T=1: U = (1-exp(-0.2))*x = 0.181*x fires at 0.25; a spike represents Vth/delta_t = 1.25, x itself x/tau.
+    """T=1: U = (1-exp(-0.2))*x = 0.181*x fires at 0.25. A spike represents Vth/delta_t = 1.25.
 
-    Of 1, 1.5, -1 and 4 the second and the last fire; clamped, they are 0.5, 0.75, 0 and 1.25.
+    x represents x/tau. Of 1, 1.5, -1 and 4 the second and the last fire; clamped, they are 0.5, 0.75, 0 and 1.25.
     """
     settings = dict(timesteps=1, Vth=0.5, alpha=0.5, tau=2.0, delta_t=0.4)
     model = TwoLayers(lambda: LIFNeuron(**settings), nn.Identity(), 8)
@@ -91,7 +91,7 @@ def test_fan_out_is_what_one_spike_reaches(conv):
 
 
 def test_published_networks_in_multiply_accumulates():
-    """ResNet-20 is known to have 41 million, those with the borders' padding included; all layers are seen."""
+    """ResNet-20 is known to have 41 million, the borders' padding included; and all layers are seen."""
     model, images = create_model("preresnet.resnet20_lif", timesteps=2), torch.randn(2, 3, 32, 32)
     m = measure(model, [(images, torch.zeros(2))])
     assert 0.9 * 0.0408e9 < m.dense < 0.0408e9
