@@ -42,11 +42,13 @@ class Program(NamedTuple):
     seed: str  # its flag for the seed
 
     def files(self, args):
+        """Where the run with these arguments leaves its files."""
         if self is CIFAR:
             return RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
         return RunFiles(Path(args.checkpoint, "imagenet"), args.name or args.model, accuracy="acc1")
 
     def load(self, args, timesteps):
+        """The Data that a run with these arguments sees, but for the time steps."""
         if self is CIFAR:
             return load_data(args.dataset, args.path, timesteps)
         return imagenet.main.imagenet(Path(args.path), args.image_size)
@@ -80,6 +82,12 @@ def departures(row, args):
     return text, stem if len(stem) <= 60 else f"_{zlib.crc32(stem.encode()):08x}"
 
 
+def name_of(row, seed, flags):
+    """The name of a run, which is that of a run with the same settings."""
+    args = PROGRAMS[row].get_parser().parse(["--preset", row, *flags])
+    return f"{row}_s{seed}{departures(row, vars(args))[1]}"
+
+
 def plan(row, seed, flags):
     """The command line of a run, without the script; its arguments; its files."""
     program = PROGRAMS[row]
@@ -88,12 +96,11 @@ def plan(row, seed, flags):
             raise UserError(f"{flag} is not for `run`, which sets it; start {program.script} itself")
     argv = ["--preset", row, *flags, program.seed, str(seed), "--resume", "auto"]
     args = program.get_parser().parse(argv)
-    suffix = f"_s{seed}" + departures(row, vars(args))[1]
-    argv += ["--name", ("_" if program is CIFAR else "") + row + suffix]
-    for name in ("pre_train", "calculate_Vth", "load_Vth"):  # the chain's files of this seed and these flags
+    argv += ["--name", ("_" if program is CIFAR else "") + name_of(row, seed, flags)]
+    for name in ("pre_train", "calculate_Vth", "load_Vth"):  # files of the chain, named after their rows
         file = ROWS[row][1].get(name)
         if file and file == getattr(args, name):
-            argv += [f"--{name}", Path(file).stem + suffix + Path(file).suffix]
+            argv += [f"--{name}", name_of(Path(file).stem, seed, flags) + Path(file).suffix]
     args = program.get_parser().parse(argv)
     return argv, args, program.files(args)
 

@@ -89,6 +89,16 @@ def test_the_chain_is_the_published_one():
         assert differ <= {"calculate_Vth"}  # whose name is free
 
 
+@pytest.mark.parametrize("flags", [[], ["--data", "tiny", "--image_size", "64", "--batch-size", "256"]])
+def test_the_stages_of_the_chain_find_each_other(flags):
+    ann, thresholds, snn = (
+        reproduce.plan(f"main-imagenet-{stage}", 2, flags) for stage in ("ann", "calibrate", "snn")
+    )
+    assert thresholds[1].pre_train == snn[1].pre_train == ann[2].checkpoint.name
+    assert snn[1].load_Vth == thresholds[1].calculate_Vth + ".dict"
+    assert "_s2" in snn[1].load_Vth and ("tiny" in snn[1].load_Vth) == bool(flags)
+
+
 @pytest.mark.parametrize("row", dict.fromkeys(reproduce.FIRST.values()))  # the others have equal settings
 def test_a_preset_builds_and_trains_a_step(row):
     torch.manual_seed(0)

@@ -64,7 +64,8 @@ def test_two_layers_by_hand(pool, features, copies, backward):
 def test_representation_error_of_lif():
     """T=1: U = (1-exp(-0.2))*x = 0.181*x fires at 0.25. A spike represents Vth/delta_t = 1.25.
 
-    x represents x/tau. Of 1, 1.5, -1 and 4 the second and the last fire; clamped, they are 0.5, 0.75, 0 and 1.25.
+    x represents x/tau. Of 1, 1.5, -1 and 4 the second and the last fire; they represent, clamped, 0.5, 0.75,
+    0 and 1.25.
     """
     settings = dict(timesteps=1, Vth=0.5, alpha=0.5, tau=2.0, delta_t=0.4)
     model = TwoLayers(lambda: LIFNeuron(**settings), nn.Identity(), 8)
