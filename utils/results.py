@@ -51,7 +51,11 @@ def epochs_done(files, epochs):
     """The rows of a run's log; a run killed just after its checkpoint has the last row in that alone."""
     rows = read_log(files.log) if files.log.exists() else []
     if files.checkpoint.exists() and len(rows) < epochs:
-        rows = checkpoint.load(files.checkpoint).get("log", rows)
+        content = checkpoint.load(files.checkpoint)
+        if content.get("args", {}).get("started") == checkpoint.started(
+            files.arguments
+        ):  # not an earlier run's
+            rows = content.get("log", rows)
     return rows
 
 
