@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(images, tmp_pat
         run_program(reproduce.main, argv)
     assert "is running already" in end.value.code
     desk.terminate()
-    desk.communicate(timeout=60)
+    desk.communicate(timeout=300)
     assert desk.returncode == 128 + 15
     folder = tmp_path / "out" / "imagefolder"
     (log,) = folder.glob("*_depth-lif-20_s1_*.txt")
