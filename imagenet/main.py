@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch.utils.data import Subset  # noqa: E402
 
+from imagenet.presets import PRESETS  # noqa: E402
 from models import create_model, list_models  # noqa: E402
 from models.registry import BACKWARDS, IMAGENET_SETTINGS  # noqa: E402
 from utils import checkpoint, distributed  # noqa: E402
@@ -33,7 +34,7 @@ from utils.records import RunFiles  # noqa: E402
 
 def get_parser():
     """The published flags with their defaults, and ours."""
-    parser = Parser({}, description=__doc__)
+    parser = Parser(PRESETS, description=__doc__)
     add = parser.add_argument
     add("--data", dest="path", default="./data/imagenet", help="folder with train/<class>/ and val/<class>/")
     models = [name for name in list_models() if name.startswith("preresnet_")]

@@ -29,6 +29,7 @@ NEUTRAL = (
 )
 NEUTRAL += ("rate_stat", "save_every", "print_freq", "compile", "preset", "manualSeed", "deterministic")
 NEUTRAL += ("dist_backend", "test_batch", "pre_train", "load_Vth")
+NEUTRAL += ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "dist_url")
 
 count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)

@@ -26,6 +26,7 @@ class RunFiles:
         self.log = self.folder / f"{stem}.txt"
         self.curves = self.folder / f"{stem}.pdf"
         self.arguments = self.folder / f"{stem}.json"
+        self.session = self.folder / f"{stem}.run.json"
         self.firing_rates = self.folder / f"{stem}_firing_rate.dict"
         self.tensorboard = self.folder / stem
 
@@ -55,10 +56,10 @@ class Recorder:
         if self.rows:
             save(self.rows, self.files.curves, write=partial(draw_curves, title=self.files.curves.stem))
 
-    def add(self, epoch, *, lr, train, test, thresholds, firing_rates):
-        """Take in an epoch: `train` and `test` are Results of the loop, the others map layer -> value."""
+    def add(self, epoch, *, lr, train, test, thresholds, firing_rates, costs=None):
+        """Take in an epoch: `train` and `test` are Results, the next two map layer, `costs` what -> value."""
         self.rows.append([lr, train.loss, test.loss, train.top1, test.top1])
-        scalars = {"learning rate": lr, "images per second": train.images_per_second}
+        scalars = {"learning rate": lr, "images per second": train.images_per_second} | (costs or {})
         for split, result in (("train", train), ("test", test)):
             scalars |= {
                 f"loss/{split}": result.loss,

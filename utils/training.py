@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 import time
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -190,6 +191,14 @@ def check_shapes(optimizer):
                 raise ValueError(f"a {name} of shape {list(value.shape)}, not {list(parameter.shape)}")
 
 
+def peak_memory(device):
+    """The most memory that this process has had, in MB (2^20 bytes): a GPU's tensors, or all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def fit(model, optimizer, train_loader, test_loader, args, files, resumed, source, device):
     """Train on from `resumed` (a checkpoint that lay at `source`, or None); log and save every epoch.
 
@@ -240,7 +249,7 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
             title = f"epoch {epoch + 1}/{args.epochs}"
             metrics = Metrics(device, resumed.get("sums") if first_step else None)
             along = dict(precision=args.precision, first=first_step)
-            step = first_step
+            step, began = first_step, time.perf_counter()
             for step in train_steps(
                 network, train_loader, optimizer, schedule, device, title, metrics, **along
             ):
@@ -265,9 +274,10 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
                 continue
             warn_of_layers(model, rates, complaints)
             lr = args.lr * cosine(epoch, args.epochs)
-            recorder.add(
-                epoch, lr=lr, train=train, test=test, thresholds=thresholds(model), firing_rates=rates
-            )
+            layers = dict(thresholds=thresholds(model), firing_rates=rates)
+            seconds = time.perf_counter() - began  # with the test; of the rest, where an epoch went on
+            costs = {"seconds an epoch": seconds, "peak memory (MB)": peak_memory(device)}
+            recorder.add(epoch, lr=lr, train=train, test=test, **layers, costs=costs)
             if best:  # first, so that a run killed between the two writes its best again when it is resumed
                 save(epoch + 1, test.top1, files.best)
             save(epoch + 1, test.top1)

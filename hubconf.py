@@ -1,0 +1,11 @@
+"""Entry points of torch.hub: networks by their published names, and the neuron layers.
+
+    torch.hub.load(REPOSITORY, "create_model", "preresnet.resnet18_lif", timesteps=5, num_classes=10)
+
+REPOSITORY is `owner/name` on GitHub or, with source="local", a folder. `list_models` gives the names.
+"""
+
+from models import IFNeuron, LIFNeuron, create_model, list_models
+
+dependencies = ["torch"]
+__all__ = ["IFNeuron", "LIFNeuron", "create_model", "list_models"]
