@@ -53,13 +53,13 @@ def load_thresholds(model, path):
     another network, or with a value that is no positive number.
     """
     content = checkpoint.read(path)
-    if not isinstance(content, dict):
+    if not checkpoint.is_named(content):
         raise UserError(f"{path} holds no thresholds; write them by --calculate_Vth")
     neurons = {threshold_name(name): neuron for name, neuron in neuron_layers(model)}
     wrong = [f"{name} is missing" for name in neurons if name not in content]
-    wrong += [f"{str(name)[:60]} is unknown" for name in content if name not in neurons]
+    wrong += [f"{name[:60]} is unknown" for name in content if name not in neurons]
     values = {name: number(content[name]) for name in neurons if name in content}
-    wrong += [f"{name} is no positive number" for name, value in values.items() if not 0 < value < math.inf]
+    wrong += [f"{name} is no positive number" for name, value in values.items() if not 0 < value < 1e6]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"the thresholds in {path} do not fit this model: {', '.join(wrong[:3])}{more}")
@@ -72,4 +72,7 @@ def number(value):
     if isinstance(value, (tuple, list)) and len(value) == 1:
         value = value[0]
     single = isinstance(value, (int, float)) or torch.is_tensor(value) and value.numel() == 1
-    return float(value) if single else math.nan
+    try:
+        return float(value) if single else math.nan
+    except (OverflowError, RuntimeError):  # too large, or complex
+        return math.nan

@@ -150,7 +150,7 @@ def compare(args, resumed, source):
         differing = [name for name in differing if name in NEURON_SETTINGS]
     if not differing:
         return
-    text = "; ".join(f"{name} {earlier[name]}, now {getattr(args, name)}" for name in differing)
+    text = "; ".join(f"{name} {str(earlier[name])[:60]}, now {getattr(args, name)}" for name in differing)
     if args.resume == "auto" and not args.evaluate:
         raise UserError(f"{source} was trained with {text}; to go on with that, say --resume {source}")
     warn(f"{source} was trained with {text}")

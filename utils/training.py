@@ -13,7 +13,7 @@ from tqdm import tqdm
 from utils import checkpoint
 from utils.cli import Stopped, UserError, warn
 from utils.data import mix_seed
-from utils.distributed import parallel, rank, same_buffers, share, total
+from utils.distributed import any_process, parallel, rank, same_buffers, share, total
 from utils.records import Recorder, read_log
 from utils.schedule import cosine, warmup_cosine
 from utils.signals import StopRequest
@@ -105,11 +105,14 @@ def train_steps(model, loader, optimizer, schedule, device, title, metrics, *, p
         watch = Watch(loss)
         optimizer.zero_grad()
         loss.backward()
-        if watch.tripped():  # before the weights are spoilt
+        if met_by := any_process(rank() + 1 if watch.tripped() else 0):  # before the weights are spoilt
             layer = first_not_finite(getattr(model, "module", model), images) or "the loss itself"
             raise UserError(
-                f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}; go on from "
-                "the last checkpoint with a lower --lr (--resume FILE)"
+                share(
+                    f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}",
+                    met_by - 1,
+                )
+                + "; go on from the last checkpoint with a lower --lr (--resume FILE)"
             )
         if schedule.last_epoch == 0:
             warn_if_silent(model)
@@ -176,18 +179,24 @@ def load_optimizer(optimizer, state, path):
         if state["param_groups"][0].keys().isdisjoint(settings.keys() & {"momentum", "betas"}):
             raise ValueError("it belongs to another --optimizer")
         optimizer.load_state_dict(state)
-        check_shapes(optimizer)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the optimizer state in {path} does not fit: {error}") from None
+        check_state(optimizer)
+    except Exception as error:  # a foreign state can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"the optimizer state in {path} does not fit: {reason}") from None
     for group in optimizer.param_groups:
         group.update(settings)
 
 
-def check_shapes(optimizer):
+def check_state(optimizer):
+    """Raise ValueError unless each parameter's state is that of SGD with momentum or of Adam, or empty."""
+    names = ("exp_avg", "exp_avg_sq", "step") if "betas" in optimizer.defaults else ("momentum_buffer",)
     for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"a {name} of shape {list(value.shape)}, not {list(parameter.shape)}")
+        for name in names if state else ():
+            value, shape = state[name], torch.Size() if name == "step" else parameter.shape
+            if value is None and name == "momentum_buffer":  # of a run without momentum
+                continue
+            if value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"a {name} of shape {list(value.shape)}, not {list(shape)}")
 
 
 def fit(model, optimizer, train_loader, test_loader, args, files, resumed, source, device):
@@ -216,6 +225,8 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
         recorder = Recorder(files, first_epoch, rows)
     network = parallel(model, device)
     steps = len(train_loader)
+    if first_step > steps:
+        raise UserError(f"{source}: {first_step} iterations into an epoch of {steps}; give it the same data")
     curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
     schedule = warmup_cosine(
         optimizer, **curve, first_step=first_epoch * steps + first_step, within=args.warmup_within_first_epoch
