@@ -40,7 +40,7 @@ CIFAR = f"--dataset imagefolder --model preresnet.resnet20_lif --manualSeed 1 --
 DVS = f"--dataset CIFAR10DVS --model vgg.vgg11_lif --manualSeed 1 --train-batch 4 --lr 0.05 {LIF} {COMMON}"
 IMAGENET = "--arch preresnet_snn.resnet18_if --seed 1 --batch-size 4 --image_size 32 --Vth 1 --lr 0.01"
 IMAGENET = f"{IMAGENET} --optimizer SGD --dist-backend gloo {COMMON}"
-# name -> (script, processes, flags, the run's files below --checkpoint)
+# name -> (script, processes, flags)
 CASES = {
     "cifar": ("cifar/main_single_gpu.py", 1, f"{CIFAR} --epochs 3 --workers 2"),
     "cifar, 2 processes": ("cifar/main_multiple_gpus.py", 2, f"{CIFAR} --epochs 3 --workers 0"),
@@ -122,10 +122,10 @@ def kill(pids):
                 time.sleep(0.01)
 
 
-def drafts(out):
-    """The files that are being written, and when each was begun."""
+def drafts(folder):
+    """The files below the --checkpoint folder that are being written, and when each was begun."""
     found = {}
-    for path in (out / "checkpoint").glob("*/*.tmp"):
+    for path in folder.glob("*/*.tmp"):
         with suppress(FileNotFoundError):
             found[path.name] = path.stat().st_mtime_ns
     return found
@@ -153,14 +153,14 @@ def wait_for_moment(run, out, rng, span):
         end = time.monotonic() + rng.uniform(0, span)
         sleep_until(lambda: time.monotonic() > end, 0.002)
         return
-    seen = set(drafts(out).items())  # of a run that was killed before
+    seen = set(drafts(out / "checkpoint").items())  # of a run that was killed before
 
     def another_write():
-        return any(name.endswith(".pth.tmp") for name, _ in drafts(out).items() - seen)
+        return any(name.endswith(".pth.tmp") for name, _ in drafts(out / "checkpoint").items() - seen)
 
     for _ in range(rng.randint(1, 4)):
         sleep_until(another_write, 0.0005)
-        seen |= drafts(out).items()
+        seen |= drafts(out / "checkpoint").items()
     time.sleep(rng.choice([0, rng.uniform(0, 0.03)]))
 
 
@@ -176,7 +176,7 @@ def saved(out):
 
 def kill_once(case, data, out, rng, span):
     """Start the run and kill it at a random moment. -> Kill, or None if it ended before that"""
-    before = drafts(out)
+    before = drafts(out / "checkpoint")
     run = start(command(case, data, out), out)
     begins = time.monotonic()
     wait_for_moment(run, out, rng, span)
@@ -187,7 +187,7 @@ def kill_once(case, data, out, rng, span):
     if workers and rng.random() < 1 / 3:
         target = "one process"
         kill([rng.choice(workers)])
-        left = {name for name, begun in drafts(out).items() if before.get(name) != begun}
+        left = {name for name, begun in drafts(out / "checkpoint").items() if before.get(name) != begun}
         with suppress(subprocess.TimeoutExpired):
             run.wait(timeout=HUNG)
         if run.poll() is None:
@@ -196,7 +196,7 @@ def kill_once(case, data, out, rng, span):
         target += f" (status {run.returncode})"
     else:
         kill(pids)
-        left = {name for name, begun in drafts(out).items() if before.get(name) != begun}
+        left = {name for name, begun in drafts(out / "checkpoint").items() if before.get(name) != begun}
     run.wait()
     phase = "running" if has_begun(out) else "starting"
     return Kill(case, after, phase, saved(out), sorted(left), target)
@@ -222,19 +222,27 @@ def finish(case, data, out):
         raise UserError(f"{case}: ended with {status}: {text[-2000:]!r}")
 
 
-def result(out):
-    """What a run leaves: log, TensorBoard's curves, and each checkpoint's tensors and figures."""
-    (log,) = (out / "checkpoint").glob("*/*.txt")
-    curves = EventAccumulator(str(log.with_suffix("")))
+def read_curves(folder):
+    """TensorBoard's curves but for the speed: name -> [(epoch, value)]."""
+    curves = EventAccumulator(str(folder))
     curves.Reload()
-    scalars = [tag for tag in curves.Tags()["scalars"] if tag != "images per second"]
-    found = {"log": log.read_text()}
-    found["curves"] = {tag: [(event.step, event.value) for event in curves.Scalars(tag)] for tag in scalars}
+    names = [name for name in curves.Tags()["scalars"] if name != "images per second"]
+    return {name: [(event.step, event.value) for event in curves.Scalars(name)] for name in names}
+
+
+def result(log):
+    """What a run with this log leaves: log, TensorBoard's curves, each checkpoint's tensors and figures."""
+    found = {"log": log.read_text(), "curves": read_curves(log.with_suffix(""))}
     for ending in (".pth", "_best.pth"):
         content = checkpoint.load(log.with_name(log.stem + ending))
         keys = ["epoch", "iteration", "state_dict", "optimizer", "log", "best_acc", "best_acc1"]
         found[ending] = {key: content[key] for key in keys if key in content}
     return found
+
+
+def log_of(out):
+    (log,) = (out / "checkpoint").glob("*/*.txt")
+    return log
 
 
 def same(a, b):
@@ -255,7 +263,7 @@ def chaos(case, data, folder, kills, rng):
     begins = time.monotonic()
     finish(case, data, whole)
     span = (time.monotonic() - begins) / 2  # the other half is the start of Python and torch
-    expected, met, problems, runs = result(whole), [], [], 0
+    expected, met, problems, runs = result(log_of(whole)), [], [], 0
     while len(met) < kills:
         out = folder / f"run{runs}"
         out.mkdir()
@@ -265,7 +273,7 @@ def chaos(case, data, folder, kills, rng):
                 met.append(one)
                 print(describe(len(met), one), flush=True)
             finish(case, data, out)
-            left = result(out)
+            left = result(log_of(out))
             different = [key for key in expected if not same(expected[key], left[key])]
             if different:
                 problems.append(f"{case}, run {runs}: other {', '.join(different)} in {out}")

@@ -256,7 +256,7 @@ class Readers:
         self.args = cifar.program.get_parser("", 0.1).parse(cifar_base(self))
         self.args.manualSeed, self.args.started = 1, "now"
         self.big_model = create_model(IMAGENET_MODEL, num_classes=2, timesteps=1)
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             cifar.program.main([*cifar_base(self), "--epochs", "1"], "", 0.1)
         self.checkpoint = checkpoint.read(folder / "out" / "imagefolder" / f"{CIFAR_MODEL}.pth")
         self.files = RunFiles(folder / "log", "run")
@@ -535,8 +535,8 @@ def fuzz_lines(readers, count, rng):
     places = {name: str(path) for name, path in places.items()}
     parsers = [cifar.program.get_parser("", 0.1), imagenet.main.get_parser()]
     programs = [lambda argv: cifar.program.main(argv, "", 0.1), imagenet.main.main]
-    torch.distributed.run.main = partial(done, "torchrun was called")
-    here = Path.cwd()
+    launcher, here = torch.distributed.run.main, Path.cwd()
+    torch.distributed.run.main = done
     work = readers.folder / "work"
     work.mkdir()
     os.chdir(work)  # relative paths lead here
@@ -553,6 +553,7 @@ def fuzz_lines(readers, count, rng):
             print(defects[-1], flush=True)
         torch.use_deterministic_algorithms(False)
     os.chdir(here)
+    torch.distributed.run.main = launcher
     return outcomes, defects
 
 

@@ -37,7 +37,8 @@ positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 def add_flags(parser, backwards, **defaults):
     """The flags of every program; each program has `defaults` of its own."""
     add = parser.add_argument
-    add("-j", "--workers", type=natural, default=4, help="processes that load data besides the program's own")
+    text = "processes that load data besides the program's own"
+    add("-j", "--workers", type=number(int, 0, high=256), default=4, help=text)
     add("--name", default="", help="suffix of the names of the run's files")
     add("--timesteps", type=count, help="T, the latency")
     add("--Vth", type=positive, help="initial threshold")
