@@ -495,6 +495,7 @@ def random_line(parser, base, rng, places):
     """Flags of `parser` with values from all over; those of `base` make the run small."""
     argv = list(base)
     actions = [action for action in parser._actions if action.option_strings]
+    actions = [action for action in actions if action.dest != "compile"]  # which takes minutes
     for action in rng.sample(actions, rng.choice([1, 1, 2, 2, 3, 5])):
         flag = rng.choice(action.option_strings)
         if action.nargs == 0:

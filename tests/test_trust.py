@@ -134,6 +134,11 @@ def whole(images, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def expected(whole):
+    return result(whole)
+
+
 @pytest.fixture
 def copy(whole, tmp_path):
     """A copy of the undisturbed run, to be damaged."""
@@ -158,15 +163,15 @@ def saved_at(step):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_within_an_epoch_and_resumed_is_the_same_run(workers, images, whole, tmp_path):
+def test_killed_within_an_epoch_and_resumed_is_the_same_run(workers, images, expected, tmp_path):
     out, flags = tmp_path / "out", f"--resume auto --workers {workers}"
     assert ended(start(images, out, flags, saved_at(1))) == -signal.SIGKILL
     assert checkpoint.load(files_of(out).checkpoint)["iteration"] == 1
     assert ended(start(images, out, flags, saved_at(2))) == -signal.SIGKILL
     assert "1 epochs and 1 iterations" in run(images, out, flags)
-    assert chaos.same(result(whole), result(out))
+    assert chaos.same(expected, result(out))
     assert "nothing left to train" in run(images, out, flags)
-    assert chaos.same(result(whole), result(out))
+    assert chaos.same(expected, result(out))
 
 
 def kill_at_random(pid, out, rng):
@@ -185,24 +190,24 @@ def kill_at_random(pid, out, rng):
     return None
 
 
-def test_kills_at_random_moments(images, whole, tmp_path):
+def test_kills_at_random_moments(images, expected, tmp_path):
     """tests/chaos.py does this with the programs as they are typed, with two processes and with events."""
     rng, out, kills, writing = random.Random(1), tmp_path / "out", 0, 0
-    while kills < 6:
+    while kills < 5:
         half = kill_at_random(start(images, out, "--resume auto"), out, rng)
         for path in (out / "imagefolder").glob("*.pth"):
             checkpoint.load(path)  # whole, whatever happened
         if half is not None:
             kills, writing = kills + 1, writing + bool(half)
-        elif chaos.same(result(whole), result(out)):
+        elif chaos.same(expected, result(out)):
             shutil.rmtree(out)
         else:
             pytest.fail("the run that was killed is another one")
     run(images, out, "--resume auto")
-    assert chaos.same(result(whole), result(out)) and writing
+    assert chaos.same(expected, result(out)) and writing
 
 
-def test_log_and_curves_go_on_without_gap_or_overlap(images, whole, tmp_path):
+def test_log_and_curves_go_on_without_gap_or_overlap(images, expected, tmp_path):
     """Killed when the second epoch's curves are written and its checkpoint is not."""
 
     def die_before_the_last_checkpoint():
@@ -220,24 +225,21 @@ def test_log_and_curves_go_on_without_gap_or_overlap(images, whole, tmp_path):
     curves = chaos.read_curves(files_of(out).tensorboard)
     assert [step for step, _ in curves["loss/test"]] == [0, 1]
     run(images, out, "--resume auto")
-    assert chaos.same(result(whole), result(out))
+    assert chaos.same(expected, result(out))
     curves = chaos.read_curves(files_of(out).tensorboard)
     assert all([step for step, _ in points] == [0, 1] for points in curves.values()) and len(curves) > 40
     assert len(files_of(out).log.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_stops_after_the_step(number, images, whole, tmp_path):
+def test_a_signal_stops_after_the_step(number, images, tmp_path):
     out = tmp_path / "out"
     pid = start(images, out, "--resume auto --epochs 2")
     until(files_of(out).checkpoint.exists)
     os.kill(pid, number)
     assert ended(pid) == 128 + number
     assert f"stopped by {number.name}" in printed(out).splitlines()[-1]
-    saved = checkpoint.load(files_of(out).checkpoint)
-    assert saved["epoch"] < 2
-    run(images, out, "--resume auto")
-    assert chaos.same(result(whole), result(out))
+    assert checkpoint.load(files_of(out).checkpoint)["epoch"] < 2
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -306,23 +308,23 @@ def test_resume_auto_refuses_other_mathematics(images, copy):
     assert "was trained with" in asked and checkpoint.load(files_of(copy).checkpoint)["epoch"] == 3
 
 
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(images, whole, copy):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(images, expected, copy):
     file = files_of(copy).checkpoint
     file.write_bytes(file.read_bytes()[:1000])
     text = run(images, copy, "--resume auto")
     assert re.search(rf"warning: \S+{STEM}.pth is damaged", text)
     assert f"resumed from {files_of(copy).previous}" in text
-    assert chaos.same(result(whole), result(copy))
+    assert chaos.same(expected, result(copy))
 
 
-def test_a_deleted_checkpoint(images, whole, copy):
+def test_a_deleted_checkpoint(images, expected, copy):
     files_of(copy).checkpoint.unlink()
     assert f"resumed from {files_of(copy).previous}" in run(images, copy, "--resume auto")
-    assert chaos.same(result(whole), result(copy))
+    assert chaos.same(expected, result(copy))
     for file in (files_of(copy).checkpoint, files_of(copy).previous, files_of(copy).best):
         file.unlink()
     assert "starting afresh" in run(images, copy, "--resume auto")
-    assert chaos.same(result(whole), result(copy))
+    assert chaos.same(expected, result(copy))
 
 
 def test_cut_at_every_sixteenth(whole, tmp_path):
@@ -355,7 +357,7 @@ def test_a_flipped_byte_is_found_or_of_no_matter(whole, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [4000, 100_000, 1_500_000])
-def test_disk_full(limit, images, whole, tmp_path):
+def test_disk_full(limit, images, expected, tmp_path):
     """Too little room from the second epoch on: one line; the checkpoint of before is whole, and goes on."""
     out = tmp_path / "out"
     assert ended(start(images, out, "", saved_at(2))) == -signal.SIGKILL
@@ -369,7 +371,7 @@ def test_disk_full(limit, images, whole, tmp_path):
     assert "Traceback" not in printed(out) and sum(line.startswith("error: ") for line in lines) == 1
     assert chaos.same(before["state_dict"], checkpoint.load(files_of(out).checkpoint)["state_dict"])
     run(images, out, "--resume auto")
-    assert chaos.same(result(whole), result(out))
+    assert chaos.same(expected, result(out))
 
 
 def test_a_folder_that_cannot_be_written(images, tmp_path):
@@ -458,42 +460,53 @@ def test_an_archive_does_not_write_outside_its_folder(tmp_path, monkeypatch):
     assert not outside
 
 
-def spoil_the_third_step():
-    """layer2.1.bn1 gives NaNs from the third training step on, which is the first of the second epoch."""
-    create = cifar.program.create_model
+def spoil(parameter):
+    """The parameter is NaN from the third training step on, which is the first of the second epoch."""
 
-    def create_spoilt(*args, **settings):
-        model, steps = create(*args, **settings), []
+    def install():
+        create = cifar.program.create_model
 
-        def hook(_module, _inputs, output):
-            steps.extend([1] if torch.is_grad_enabled() else [])
-            return output * float("nan") if model.training and len(steps) >= 3 else output
+        def create_spoilt(*args, **settings):
+            model, steps = create(*args, **settings), []
 
-        model.layer2[1].bn1.register_forward_hook(hook)
-        return model
+            def hook(_model, _inputs):
+                steps.extend([1] if model.training else [])
+                if len(steps) >= 3:
+                    model.get_parameter(parameter).data.fill_(float("nan"))
 
-    cifar.program.create_model = create_spoilt
+            model.register_forward_pre_hook(hook)
+            return model
+
+        cifar.program.create_model = create_spoilt
+
+    return install
 
 
-def test_a_loss_that_is_no_number(images, tmp_path):
-    """It names the iteration and the layer, and the last good checkpoint stays."""
+SPOILT = {
+    "relu3.Vth": "the loss is nan at iteration 1 of epoch 2/2, first in relu3.Vth; ",
+    "layer2.1.bn1.weight": "layer2.1.bn1.weight is not finite after iteration 1 of epoch 2/2; ",
+}
+
+
+@pytest.mark.parametrize("parameter", SPOILT)
+def test_a_run_that_goes_wrong_names_iteration_and_layer(parameter, images, expected, tmp_path):
+    """And the last good checkpoint stays."""
     out = tmp_path / "out"
-    assert ended(start(images, out, "--backward unrolled", spoil_the_third_step)) == 1
-    line = printed(out).splitlines()[-1]
-    assert line.startswith("error: the loss is nan at iteration 1 of epoch 2/2, first in layer2.1.bn1; ")
-    saved = checkpoint.load(files_of(out).checkpoint)
-    assert saved["epoch"] == 1 and all(value.isfinite().all() for value in saved["state_dict"].values())
-    assert "resumed from" in run(images, out, "--backward unrolled --resume auto")
+    assert ended(start(images, out, "", spoil(parameter))) == 1
+    assert printed(out).splitlines()[-1].startswith("error: " + SPOILT[parameter])
+    assert checkpoint.load(files_of(out).checkpoint)["epoch"] == 1
+    run(images, out, "--resume auto")
+    assert chaos.same(expected, result(out))
 
 
-def test_deterministic_runs_are_the_same_run(images, whole, tmp_path):
+def test_deterministic_runs_are_the_same_run(images, expected, tmp_path):
     run(images, tmp_path / "out", "--deterministic")
-    assert chaos.same(result(whole), result(tmp_path / "out"))
+    assert chaos.same(expected, result(tmp_path / "out"))
 
 
 def test_fuzz(tmp_path):
     threads = torch.get_num_threads()
-    outcomes, defects = fuzz.fuzz(tmp_path, files=300, lines=30, seed=int(time.time()) // 86400)
+    outcomes, defects = fuzz.fuzz(tmp_path, files=200, lines=12, seed=int(time.time()) // 86400)
     torch.set_num_threads(threads)
     assert not defects
-    assert outcomes.total() == 330 and sum(n for (_, what), n in outcomes.items() if what == "one line") > 100
+    assert outcomes.total() == 212 and sum(n for (_, what), n in outcomes.items() if what == "one line") > 70

@@ -17,7 +17,16 @@ from utils.distributed import any_process, parallel, rank, same_buffers, share, 
 from utils.records import Recorder, read_log
 from utils.schedule import cosine, warmup_cosine
 from utils.signals import StopRequest
-from utils.statistics import count_spikes, firing_rates, first_not_finite, neuron_layers, thresholds
+from utils.statistics import (
+    count_spikes,
+    firing_rates,
+    first_not_finite,
+    neuron_layers,
+    not_finite,
+    thresholds,
+)
+
+LOWER = "go on from the last checkpoint with a lower --lr (--resume FILE)"
 
 
 @dataclass
@@ -42,7 +51,7 @@ class Metrics:
     def __init__(self, device, earlier=None):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         if earlier is not None and rank() == 0:
-            self.sums += torch.tensor(earlier, device=device)
+            self.sums += self.sums.new_tensor(earlier)  # in double precision, as they were
         self.start, self.earlier = time.perf_counter(), earlier[-1] if earlier else 0
 
     def add(self, loss, logits, labels):
@@ -112,7 +121,7 @@ def train_steps(model, loader, optimizer, schedule, device, title, metrics, *, p
                     f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}",
                     met_by - 1,
                 )
-                + "; go on from the last checkpoint with a lower --lr (--resume FILE)"
+                + f"; {LOWER}"
             )
         if schedule.last_epoch == 0:
             warn_if_silent(model)
@@ -233,6 +242,10 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
     )
 
     def save(epoch, top1, file=files.checkpoint, **progress):
+        if spoilt := not_finite(model.state_dict()):  # the loss need not tell: a NaN makes no spike
+            when = f"iteration {progress.get('iteration', steps)} of epoch {epoch + bool(progress)}/{args.epochs}"
+            # Its gradient has spoilt the layers below: the last is where it began.
+            raise UserError(f"{spoilt[-1]} is not finite after {when}; {LOWER}")
         state = dict(epoch=epoch, iteration=0, state_dict=model.state_dict(), log=recorder.rows) | progress
         state |= {files.accuracy: top1, f"best_{files.accuracy}": best_acc, "arch": args.model}
         versions = dict(torch=str(torch.__version__), python=platform.python_version())
