@@ -116,13 +116,8 @@ def train_steps(model, loader, optimizer, schedule, device, title, metrics, *, p
         loss.backward()
         if met_by := any_process(rank() + 1 if watch.tripped() else 0):  # before the weights are spoilt
             layer = first_not_finite(getattr(model, "module", model), images) or "the loss itself"
-            raise UserError(
-                share(
-                    f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}",
-                    met_by - 1,
-                )
-                + f"; {LOWER}"
-            )
+            text = f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}; {LOWER}"
+            raise UserError(share(text, met_by - 1))
         if schedule.last_epoch == 0:
             warn_if_silent(model)
         optimizer.step()
@@ -243,9 +238,9 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
 
     def save(epoch, top1, file=files.checkpoint, **progress):
         if spoilt := not_finite(model.state_dict()):  # the loss need not tell: a NaN makes no spike
-            when = f"iteration {progress.get('iteration', steps)} of epoch {epoch + bool(progress)}/{args.epochs}"
+            when = f"iteration {progress.get('iteration', steps)} of epoch {epoch + bool(progress)}"
             # Its gradient has spoilt the layers below: the last is where it began.
-            raise UserError(f"{spoilt[-1]} is not finite after {when}; {LOWER}")
+            raise UserError(f"{spoilt[-1]} is not finite after {when}/{args.epochs}; {LOWER}")
         state = dict(epoch=epoch, iteration=0, state_dict=model.state_dict(), log=recorder.rows) | progress
         state |= {files.accuracy: top1, f"best_{files.accuracy}": best_acc, "arch": args.model}
         versions = dict(torch=str(torch.__version__), python=platform.python_version())
