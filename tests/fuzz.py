@@ -504,6 +504,8 @@ def random_line(parser, base, rng, places):
         pool = WHOLE + REAL + TEXT
         if action.choices and rng.random() < 0.8:
             pool = [str(choice) for choice in action.choices]
+        elif action.type and rng.random() < 0.5:
+            pool = ["1", "2", "3"]
         elif action.type and rng.random() < 0.8:
             pool = (
                 WHOLE
