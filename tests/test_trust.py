@@ -383,6 +383,16 @@ def test_a_folder_that_cannot_be_written(images, tmp_path):
         checkpoint.save({}, tmp_path / "file" / "x.pth")
 
 
+def test_a_mistake_met_by_a_worker_ends_the_program(images, tmp_path):
+    """Workers ignore SIGTERM, by which Python ends its children at exit."""
+    bad = shutil.copytree(images, tmp_path / "bad")
+    (bad / "train" / "red" / "3.png").write_text("no image")
+    command = [sys.executable, str(ROOT / "cifar" / "main_single_gpu.py"), *SMALL.split(), "--workers", "2"]
+    command += ["--path", str(bad), "--checkpoint", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "3.png" in ended.stderr and "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--pre_train", "--load_Vth"])
 def test_a_malicious_pickle_is_refused_and_its_payload_not_run(flag, images, tmp_path, capsys):
     marker, rng = tmp_path / "payload", random.Random(0)

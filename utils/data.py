@@ -1,5 +1,6 @@
 """Data sets. Every random choice about a sample is a function of (seed, epoch, sample index) alone."""
 
+import atexit
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torchvision.datasets.folder import default_loader
 
 from utils.cli import UserError
 from utils.distributed import rank, world_size
-from utils.signals import ignore_signals
+from utils.signals import ignore_signals, kill_workers
 
 NORMALIZE = {
     "cifar10": transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -212,5 +213,7 @@ def test_loader(dataset, *, batch_size, workers, pin_memory):
 def loader(dataset, batch_size, workers, pin_memory, sampler=None):
     settings = dict(num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
     settings["worker_init_fn"] = ignore_signals
+    if workers:
+        atexit.register(kill_workers)
     # Its own generator: a DataLoader would draw from the global one, which dropout's masks come from.
     return DataLoader(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **settings)

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: it finishes its step, writes a checkpoint and ends with 128 + signal."""
 
 import signal
+from multiprocessing import active_children
 
 from utils.distributed import any_process
 
@@ -35,3 +36,10 @@ def ignore_signals(_worker):
     """In a worker that loads data: the run that it works for decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers():
+    """At the end of the program: Python would send SIGTERM, which they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would complain
+    for worker in active_children():
+        worker.kill()
