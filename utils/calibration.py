@@ -53,15 +53,15 @@ def load_thresholds(model, path):
     another network, or with a value that is no positive number.
     """
     content = checkpoint.read(path)
-    if not isinstance(content, dict):
+    if not checkpoint.is_named(content):
         raise UserError(f"{path} holds no thresholds; write them by --calculate_Vth")
     neurons = {threshold_name(name): neuron for name, neuron in neuron_layers(model)}
     if not neurons:
         raise UserError(f"an ANN takes no thresholds, such as those in {path}; choose an SNN")
     wrong = [f"{name} is missing" for name in neurons if name not in content]
-    wrong += [f"{str(name)[:60]} is unknown" for name in content if name not in neurons]
+    wrong += [f"{name[:60]} is unknown" for name in content if name not in neurons]
     values = {name: number(content[name]) for name in neurons if name in content}
-    wrong += [f"{name} is no positive number" for name, value in values.items() if not 0 < value < math.inf]
+    wrong += [f"{name} is no positive number" for name, value in values.items() if not 0 < value < 1e30]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"the thresholds in {path} do not fit this model: {', '.join(wrong[:3])}{more}")
@@ -73,6 +73,8 @@ def number(value):
     """A float from a number, a tensor of one element or a 1-tuple of it; NaN for anything else."""
     if isinstance(value, (tuple, list)) and len(value) == 1:
         value = value[0]
-    if torch.is_tensor(value) and value.numel() == 1:
-        value = value.item()
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    single = isinstance(value, (int, float)) or torch.is_tensor(value) and value.numel() == 1
+    try:
+        return float(value) if single else math.nan
+    except (OverflowError, RuntimeError):  # too large, or complex
+        return math.nan

@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 import zipfile
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 
 import torch
@@ -40,7 +42,8 @@ def save(content, path, previous=None, write=torch.save):
         draft.replace(path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot write {path} ({reason}); free some space, then go on with --resume auto"
@@ -72,8 +75,9 @@ def save_text(text, path):
 def find(name, folder):
     """The file called `name` in `folder`, else at the path `name`."""
     for path in (Path(folder, name), Path(name)):
-        if path.is_file():
-            return path
+        with suppress(OSError):  # a name that is too long
+            if path.is_file():
+                return path
     raise UserError(f"no file {name}, neither in {folder} nor as a path")
 
 
@@ -82,20 +86,46 @@ def read(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load reads flipped bits without a word
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("its entries claim more bytes than it has")
                 if archive.testzip() is not None:
                     raise ValueError("checksum error")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(map(is_dense, tensors(content))):
+            raise ValueError("a tensor claims more elements than are stored")
     except Exception as error:  # a damaged or foreign file can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}); give another file") from None
     return content
 
 
+def tensors(content):
+    """The tensors in nested dicts, lists and tuples."""
+    if torch.is_tensor(content):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from tensors(value)
+
+
+def is_dense(tensor):
+    """Whether every element has a place of its own; a stride of 0 makes terabytes of a few bytes."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def is_named(content):
+    """Whether this is a dict of which every key is a name that can be printed."""
+    return isinstance(content, dict) and all(
+        isinstance(key, str) and key.isprintable() and len(key) < 200 for key in content
+    )
+
+
 def load(path):
     """The checkpoint in `path`, on the CPU; raises UserError unless it is a whole one."""
     content = read(path)
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+    if not isinstance(content, dict) or not is_named(content.get("state_dict")):
         raise UserError(f"{path} is not a checkpoint: it holds no state_dict; give another file")
     return content
 
@@ -125,7 +155,7 @@ def started(arguments_file):
     """When the run of these arguments began, or None: tells its checkpoints from an earlier run's."""
     try:
         return json.loads(arguments_file.read_text()).get("started")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 
@@ -135,15 +165,37 @@ def load_run(path, accuracy):
     try:
         content["best_acc"] = float(content[f"best_{accuracy}"])  # a number or a tensor of one element
         content["epoch"], content["iteration"] = int(content["epoch"]), int(content.get("iteration", 0))
-        if min(content["epoch"], content["iteration"]) < 0:
+        if not all(0 <= content[key] < 2**31 for key in ("epoch", "iteration")):
             raise ValueError
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         raise UserError(
             f"{path} lacks epoch or best_{accuracy}, so no run can go on from it; give another file"
         ) from None
     if not isinstance(content.get("args"), dict):  # an official one holds no arguments
         content["args"] = {}
+    args, rows, sums = content["args"], content.get("log", []), content.get("sums", [0.0] * 4)
+    seed = args.get("manualSeed", 0)
+    if not (
+        all(is_plain(value) for value in (content.get("arch"), *args.values()))
+        and (isinstance(seed, int) and seed >= 0)
+        and (isinstance(rows, list) and all(is_row(row, 5) for row in rows) and is_row(sums, 4))
+    ):
+        raise UserError(f"{path} has arguments or a log that no run writes; give another file")
     return content
+
+
+def is_plain(value):
+    """Whether a command line can give it."""
+    return value is None or isinstance(value, (str, float)) or isinstance(value, int) and abs(value) < 2**63
+
+
+def is_row(row, n):
+    """Whether these are n numbers that can be drawn."""
+    return (
+        isinstance(row, list)
+        and len(row) == n
+        and all(isinstance(x, (int, float)) and not 1e30 < abs(x) < inf for x in row)
+    )
 
 
 def load_weights(model, state_dict, path, optional=()):
@@ -159,7 +211,12 @@ def load_weights(model, state_dict, path, optional=()):
         if getattr(given[key], "shape", None) != own[key].shape
     ]
     if not wrong:
-        missing, unexpected = model.load_state_dict(given, strict=False)
+        try:
+            missing, unexpected = model.load_state_dict(given, strict=False)
+        except RuntimeError as error:  # values of a kind that cannot be copied
+            raise UserError(
+                f"{path} does not fit this model: {str(error).splitlines()[-1].strip()}"
+            ) from None
         missing = [key for key in missing if key.rpartition(".")[2] not in optional]
         wrong = [f"{key} is missing" for key in missing] + [f"{key} is unknown" for key in unexpected]
     if wrong:

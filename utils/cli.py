@@ -36,12 +36,20 @@ def run_program(main, argv=None):
             time.sleep(10)  # rank 0 speaks for all: the launcher has ended this process by now, if it did
             sys.exit(f"error: process {os.environ['RANK']}: {error}")
         sys.exit(f"error: {error}")
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, a name too long, a network too large
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        sys.exit(f"error: {(str(error).splitlines() or ['out of memory'])[0]}")
     except Stopped as stopped:
         warn(f"stopped by {signal.Signals(stopped.signal).name}; --resume auto goes on from the checkpoint")
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def warn(message):
@@ -71,18 +79,20 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(argv)
 
 
-def number(kind, low, *, open_low=False, high=math.inf):
-    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
-    bound = f"{'above' if open_low else 'at least'} {low}" + (
-        f" and at most {high}" if high < math.inf else ""
-    )
+def number(kind, low, *, open_low=False, high=None):
+    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`.
+
+    By default `high` is what 32 bits hold, with room for a product.
+    """
+    high = high or (2**31 - 1 if kind is int else 1e30)
+    bound = f"{'above' if open_low else 'at least'} {low} and at most {high}"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
+        if not (low < value if open_low else low <= value) or not value <= high:
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {noun} {bound}, not {text!r}")
         return value

@@ -56,11 +56,11 @@ def agree(arguments):
             raise UserError(f"the processes got different {', '.join(differing)}; start them alike")
 
 
-def share(value):
-    """Rank 0's value, in every process."""
+def share(value, source=0):
+    """The value of rank `source`, in every process."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, source)
     return values[0]
 
 

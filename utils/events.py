@@ -62,9 +62,10 @@ def read_frames(timesteps, path):
         frames = np.load(path)
         if frames.shape != (timesteps, 2, 48, 48):
             raise ValueError(f"shape {frames.shape} in place of {timesteps} frames")
+        frames = frames.astype(np.float32)
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"cannot use the frames in {path} ({error}); remove that file") from None
-    return torch.from_numpy(frames.astype(np.float32)) / GRAIN
+    return torch.from_numpy(frames) / GRAIN
 
 
 @contextmanager

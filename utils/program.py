@@ -38,7 +38,8 @@ positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 def add_flags(parser, backwards, **defaults):
     """The flags of every program; each program has `defaults` of its own."""
     add = parser.add_argument
-    add("-j", "--workers", type=natural, default=4, help="processes that load data besides the program's own")
+    text = "processes that load data besides the program's own"
+    add("-j", "--workers", type=number(int, 0, high=256), default=4, help=text)
     add("--name", default="", help="goes into the names of the run's files")
     add("--timesteps", type=count, help="T, the latency")
     add("--Vth", type=positive, help="initial threshold")
@@ -153,7 +154,7 @@ def compare(args, resumed, source):
         differing = [name for name in differing if name in NEURON_SETTINGS]
     if not differing:
         return
-    text = "; ".join(f"{name} {earlier[name]}, now {getattr(args, name)}" for name in differing)
+    text = "; ".join(f"{name} {str(earlier[name])[:60]}, now {getattr(args, name)}" for name in differing)
     if args.resume == "auto" and not args.evaluate:
         raise UserError(f"{source} was trained with {text}; to go on with that, say --resume {source}")
     warn(f"{source} was trained with {text}")

@@ -9,7 +9,7 @@ matplotlib.use("Agg")  # draws without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
-from utils.checkpoint import make_folder, save, save_text  # noqa: E402
+from utils.checkpoint import is_row, make_folder, save, save_text  # noqa: E402
 from utils.cli import UserError  # noqa: E402
 
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
@@ -77,7 +77,7 @@ def read_log(path):
     """The rows of a log: [learning rate, training loss, test loss, training accuracy, test accuracy]."""
     try:
         rows = [[float(field) for field in line.split()] for line in path.read_text().splitlines()[1:]]
-        if any(len(row) != 5 for row in rows):
+        if not all(is_row(row, 5) for row in rows):
             raise ValueError("a row without 5 numbers")
     except (OSError, ValueError) as error:
         raise UserError(f"the log {path} is damaged ({error}); mend it or move it away") from None

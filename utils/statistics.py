@@ -44,10 +44,15 @@ def count_spikes(model):
             neuron.observer = None
 
 
+def not_finite(state):
+    """The names in a state-dict whose values hold a NaN or an infinity."""
+    return [name for name, value in state.items() if not value.isfinite().all()]
+
+
 @torch.no_grad()
 def first_not_finite(model, images):
     """The parameter, or else the first module of the forward pass, with a NaN or an infinity; or None."""
-    found = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    found = not_finite(dict(model.named_parameters()))
 
     def look(name):
         def hook(_module, _inputs, output):

@@ -14,11 +14,20 @@ from tqdm import tqdm
 from utils import checkpoint
 from utils.cli import Stopped, UserError, warn
 from utils.data import mix_seed
-from utils.distributed import parallel, rank, same_buffers, share, total
+from utils.distributed import any_process, parallel, rank, same_buffers, share, total
 from utils.records import Recorder, read_log
 from utils.schedule import cosine, warmup_cosine
 from utils.signals import StopRequest
-from utils.statistics import count_spikes, firing_rates, first_not_finite, neuron_layers, thresholds
+from utils.statistics import (
+    count_spikes,
+    firing_rates,
+    first_not_finite,
+    neuron_layers,
+    not_finite,
+    thresholds,
+)
+
+LOWER = "go on from the last checkpoint with a lower --lr (--resume FILE)"
 
 
 @dataclass
@@ -43,7 +52,7 @@ class Metrics:
     def __init__(self, device, earlier=None):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         if earlier is not None and rank() == 0:
-            self.sums += torch.tensor(earlier, device=device)
+            self.sums += self.sums.new_tensor(earlier)  # in double precision, as they were
         self.start, self.earlier = time.perf_counter(), earlier[-1] if earlier else 0
 
     def add(self, loss, logits, labels):
@@ -106,12 +115,10 @@ def train_steps(model, loader, optimizer, schedule, device, title, metrics, *, p
         watch = Watch(loss)
         optimizer.zero_grad()
         loss.backward()
-        if watch.tripped():  # before the weights are spoilt
+        if met_by := any_process(rank() + 1 if watch.tripped() else 0):  # before the weights are spoilt
             layer = first_not_finite(getattr(model, "module", model), images) or "the loss itself"
-            raise UserError(
-                f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}; go on from "
-                "the last checkpoint with a lower --lr (--resume FILE)"
-            )
+            text = f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}; {LOWER}"
+            raise UserError(share(text, met_by - 1))
         if schedule.last_epoch == 0:
             warn_if_silent(model)
         optimizer.step()
@@ -177,18 +184,24 @@ def load_optimizer(optimizer, state, path):
         if state["param_groups"][0].keys().isdisjoint(settings.keys() & {"momentum", "betas"}):
             raise ValueError("it belongs to another --optimizer")
         optimizer.load_state_dict(state)
-        check_shapes(optimizer)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the optimizer state in {path} does not fit: {error}") from None
+        check_state(optimizer)
+    except Exception as error:  # a foreign state can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"the optimizer state in {path} does not fit: {reason}") from None
     for group in optimizer.param_groups:
         group.update(settings)
 
 
-def check_shapes(optimizer):
+def check_state(optimizer):
+    """Raise ValueError unless each parameter's state is that of SGD with momentum or of Adam, or empty."""
+    names = ("exp_avg", "exp_avg_sq", "step") if "betas" in optimizer.defaults else ("momentum_buffer",)
     for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"a {name} of shape {list(value.shape)}, not {list(parameter.shape)}")
+        for name in names if state else ():
+            value, shape = state[name], torch.Size() if name == "step" else parameter.shape
+            if value is None and name == "momentum_buffer":  # of a run without momentum
+                continue
+            if value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"a {name} of shape {list(value.shape)}, not {list(shape)}")
 
 
 def peak_memory(device):
@@ -225,12 +238,18 @@ def fit(model, optimizer, train_loader, test_loader, args, files, resumed, sourc
         recorder = Recorder(files, first_epoch, rows)
     network = parallel(model, device)
     steps = len(train_loader)
+    if first_step > steps:
+        raise UserError(f"{source}: {first_step} iterations into an epoch of {steps}; give it the same data")
     curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
     schedule = warmup_cosine(
         optimizer, **curve, first_step=first_epoch * steps + first_step, within=args.warmup_within_first_epoch
     )
 
     def save(epoch, top1, file=files.checkpoint, **progress):
+        if spoilt := not_finite(model.state_dict()):  # the loss need not tell: a NaN makes no spike
+            when = f"iteration {progress.get('iteration', steps)} of epoch {epoch + bool(progress)}"
+            # Its gradient has spoilt the layers below: the last is where it began.
+            raise UserError(f"{spoilt[-1]} is not finite after {when}/{args.epochs}; {LOWER}")
         state = dict(epoch=epoch, iteration=0, state_dict=model.state_dict(), log=recorder.rows) | progress
         state |= {files.accuracy: top1, f"best_{files.accuracy}": best_acc, "arch": args.model}
         versions = dict(torch=str(torch.__version__), python=platform.python_version())
