@@ -64,17 +64,16 @@ PRESETS = {name: settings for name, (_, settings) in ROWS.items()} | {
     # Alive from the first step, unlike the published low-latency recipes on images as flat as these digits.
     "quickstart": dict(
         dataset="digits",
-        model="preresnet.resnet20_lif",
-        timesteps=4,
-        Vth=0.3,
-        alpha=0.3,
-        delta_t=0.2,
-        epochs=12,
-        train_batch=64,
+        model="preresnet.resnet20_if",
+        timesteps=3,
+        Vth=1.0,
+        alpha=0.5,
+        epochs=9,
+        train_batch=16,
         optimizer="adam",  # with SGD one class or another is more often never predicted
-        lr=0.004,
+        lr=0.003,
         weight_decay=0.0,
-        warmup=46,
+        warmup=0,
         manualSeed=1,
         workers=1,
     )
