@@ -49,6 +49,7 @@ CASES = {
     "imagenet": ("imagenet/main.py", 1, f"{IMAGENET} --epochs 2 --workers 1"),
     "imagenet, 2 processes": ("imagenet/main.py", 2, f"{IMAGENET} --epochs 2 --workers 0"),
 }
+COSTS = ("images per second", "seconds an epoch", "peak memory (MB)")  # of the machine, not of the run
 HUNG = 120  # seconds; a run takes fewer than ten
 
 
@@ -226,7 +227,7 @@ def read_curves(folder):
     """TensorBoard's curves but for the speed: name -> [(epoch, value)]."""
     curves = EventAccumulator(str(folder))
     curves.Reload()
-    names = [name for name in curves.Tags()["scalars"] if name != "images per second"]
+    names = [name for name in curves.Tags()["scalars"] if name not in COSTS]
     return {name: [(event.step, event.value) for event in curves.Scalars(name)] for name in names}
 
 

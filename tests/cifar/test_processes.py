@@ -83,7 +83,7 @@ def test_a_run_of_several_processes(launcher, n, data, tmp_path, capsys):
     assert not any(key.startswith("module.") for key in saved["state_dict"])
     # The single-process program evaluates the checkpoint to the same accuracy, and goes on from it.
     single = [sys.executable, str(ROOT / "cifar" / "main_single_gpu.py"), *data, *SMALL, "-c", str(tmp_path)]
-    single += ["--resume", "auto"]
+    single += ["--resume", f"{STEM}.pth"]
     evaluated = subprocess.run([*single, "--evaluate"], capture_output=True, text=True, env=environment())
     loss, top1 = re.search(r"test: loss ([\d.]+), top-1 ([\d.]+) %", evaluated.stdout).groups()
     assert float(top1) == pytest.approx(saved["acc"], abs=0.005)
