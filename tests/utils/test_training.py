@@ -16,8 +16,10 @@ from utils.statistics import count_spikes, firing_rates
 from utils.training import Metrics, Result, evaluate
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(391, 400), (100, 250), (7, 0)])
-@pytest.mark.parametrize("first_epoch", [0, 1, 57])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "first_epoch"),
+    [(391, 400, 0), (391, 400, 1), (100, 250, 1), (100, 250, 57), (7, 0, 0)],
+)
 def test_learning_rate_at_every_iteration(steps, warmup, first_epoch):
     """0.5*lr*(1+cos(pi*epoch/epochs)) * min(1, (it+1)/warmup); warm-up crosses epochs and is not repeated."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
