@@ -65,13 +65,13 @@ PRESETS = {name: settings for name, (_, settings) in ROWS.items()} | {
     "quickstart": dict(
         dataset="digits",
         model="preresnet.resnet20_if",
-        timesteps=3,
+        timesteps=2,
         Vth=1.0,
         alpha=0.5,
-        epochs=9,
-        train_batch=16,
+        epochs=10,
+        train_batch=32,
         optimizer="adam",  # with SGD one class or another is more often never predicted
-        lr=0.003,
+        lr=0.008,
         weight_decay=0.0,
         warmup=0,
         manualSeed=1,

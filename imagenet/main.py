@@ -14,6 +14,7 @@ Also under torchrun. Several machines: --world-size M --rank 0 to M-1, with one 
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,7 +95,7 @@ def main(argv):
         delattr(args, name)  # they differ between processes or say how the run was started
     args.test_batch = args.train_batch
     files = RunFiles(Path(args.checkpoint, "imagenet"), args.name or args.model, accuracy="acc1")
-    data = lambda: imagenet(Path(args.path), args.image_size)  # noqa: E731
+    data = partial(imagenet, Path(args.path), args.image_size)
     if args.calculate_Vth:
         calculate_thresholds(args, files.folder, device, data())
         return
@@ -136,8 +137,8 @@ def launch(argv, args, device):
         processes = torch.cuda.device_count() if device.type == "cuda" else args.cpu_processes
     where = ["--standalone"]
     if given:
-        where = ["--nnodes", machines, "--node_rank", machine, "--master_addr", host, "--master_port", port]
-        where = [*map(str, where)] if machines > 1 else ["--nnodes", "1", *map(str, where[4:])]
+        where = ["--nnodes", str(max(machines, 1)), "--node_rank", str(max(machine, 0))]
+        where += ["--master_addr", host, "--master_port", port]
     try:
         torchrun([*where, "--nproc_per_node", str(processes), str(Path(__file__).resolve()), *argv])
     except ChildFailedError as error:

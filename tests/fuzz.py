@@ -46,9 +46,9 @@ from utils.calibration import load_thresholds, threshold_name  # noqa: E402
 from utils.cli import UserError, run_program  # noqa: E402
 from utils.data import read_image  # noqa: E402
 from utils.events import build_one, read_frames  # noqa: E402
+from utils.optimizers import load_optimizer, make_optimizer  # noqa: E402
 from utils.records import Recorder, RunFiles, read_log  # noqa: E402
 from utils.statistics import neuron_layers  # noqa: E402
-from utils.training import load_optimizer, make_optimizer  # noqa: E402
 
 LIMIT = 30  # seconds
 CIFAR_MODEL, IMAGENET_MODEL = "preresnet.resnet20_lif", "preresnet_snn.resnet18_if"

@@ -9,8 +9,9 @@ import torch
 from utils import checkpoint, distributed
 from utils.cli import UserError, number, warn
 from utils.data import test_loader, train_loader
+from utils.optimizers import load_optimizer, make_optimizer
 from utils.statistics import neuron_layers
-from utils.training import evaluate, fit, load_optimizer, make_optimizer
+from utils.training import evaluate, fit
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
 MODEL_SETTINGS = (*NEURON_SETTINGS, "backward", "dropout_mask", "Vth_grad_scale")

@@ -20,7 +20,7 @@ from torch import nn
 from utils.checkpoint import save, save_text
 from utils.records import plt
 from utils.results import markdown
-from utils.statistics import published_name
+from utils.statistics import published_name, unrolled
 
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9e-6, 4.6e-6  # microjoules, 45 nm, 32-bit floats (Horowitz, ISSCC 2014)
 
@@ -85,11 +85,10 @@ def watch(model):
             output.unit = unit
 
     handle = nn.modules.module.register_module_forward_hook(hook)
-    backward, model.backward = getattr(model, "backward", None), "unrolled"  # which calls every module
     try:
-        yield sums
+        with unrolled(model):
+            yield sums
     finally:
-        model.backward = backward
         handle.remove()
 
 

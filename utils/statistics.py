@@ -49,6 +49,16 @@ def not_finite(state):
     return [name for name, value in state.items() if not value.isfinite().all()]
 
 
+@contextmanager
+def unrolled(model):
+    """While open, a network's forward pass calls every module of it, which the collapsed one does not."""
+    backward, model.backward = getattr(model, "backward", None), "unrolled"
+    try:
+        yield
+    finally:
+        model.backward = backward
+
+
 @torch.no_grad()
 def first_not_finite(model, images):
     """The parameter, or else the first module of the forward pass, with a NaN or an infinity; or None."""
@@ -62,12 +72,11 @@ def first_not_finite(model, images):
         return hook
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    backward, model.backward = getattr(model, "backward", None), "unrolled"  # which calls every module
     try:
-        if not found:
-            model(images)
+        with unrolled(model):
+            if not found:
+                model(images)
     finally:
-        model.backward = backward
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
