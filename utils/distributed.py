@@ -40,7 +40,7 @@ def join(device, backend=None):
         backend = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
         store, number, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # The launcher may keep its store: a restarted process must not read where an earlier one listened.
+            # The launcher may keep its store: restarted processes must not read where earlier ones listened.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         agreed = dict(store=store, rank=number, world_size=world)
         dist.init_process_group(backend, timeout=timedelta(days=1), **agreed)
