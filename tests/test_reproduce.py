@@ -1,8 +1,10 @@
 """The reproduction desk: every row is there and trains, runs go on and are not repeated, table and report."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import imagenet.main
 import reproduce
 from cifar.program import get_parser
 from models import create_model
+from tests.forks import ended, fork
 from utils.calibration import calibrate
 from utils.cli import run_program
 from utils.program import NEUTRAL, build_model
@@ -125,17 +128,17 @@ def flags(images, tmp_path, epochs):
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(images, tmp_path, capfd):
     argv = ["run", "depth-lif-20", *flags(images, tmp_path, epochs=3)]
-    script = [sys.executable, "-u", str(ROOT / "reproduce.py")]
-    desk = subprocess.Popen([*script, *argv], stdout=subprocess.PIPE, text=True)
-    for line in desk.stdout:
-        if line.startswith("epoch 1/3"):
-            break
+    printed = tmp_path / "printed"
+    desk = fork(lambda: run_program(reproduce.main, argv), printed)
+    deadline = time.monotonic() + 60
+    while not (printed.exists() and "epoch 1/3" in printed.read_text()):
+        assert time.monotonic() < deadline, printed.read_text()
+        time.sleep(0.01)
     with pytest.raises(SystemExit) as end:
         run_program(reproduce.main, argv)
     assert "is running already" in end.value.code
-    desk.terminate()
-    desk.communicate(timeout=300)
-    assert desk.returncode == 128 + 15
+    os.kill(desk, signal.SIGTERM)
+    assert ended(desk) == 128 + signal.SIGTERM
     folder = tmp_path / "out" / "imagefolder"
     (log,) = folder.glob("*_depth-lif-20_s1_*.txt")
     assert 2 <= len(log.read_text().splitlines()) < 4

@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -27,6 +25,7 @@ import utils.events
 import utils.training
 from models import create_model
 from tests import chaos, fuzz
+from tests.forks import ended, fork
 from utils import checkpoint
 from utils.calibration import load_thresholds
 from utils.cli import UserError, run_program
@@ -56,49 +55,19 @@ def images(tmp_path_factory):
 
 
 def start(images, out, flags="", before=None):
-    """A run of the CIFAR program in a process of its own, forked: imports take seconds. -> its id
+    """A run of the CIFAR program in a process of its own, forked. -> its id
 
     `before()` is called first. What the run prints goes to <out>/output.
     """
     argv = shlex.split(f"{SMALL} --path {images} --checkpoint {out} {flags}")
     out.mkdir(exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # threads of other tests, which the child does not use
-        sys.stdout.flush()
-        pid = os.fork()
-    if pid:
-        return pid
-    status = 70
-    try:
-        file = (out / "output").open("w", buffering=1)
-        sys.stdout = sys.stderr = file
-        torch.set_num_threads(1)
+
+    def program():
         if before:
             before()
         run_program(lambda argv: cifar.program.main(argv, "test", lr=0.1), argv)
-        status = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code)
-        status = 1 if isinstance(end.code, str) else end.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        file.flush()
-        os._exit(status)
 
-
-def ended(pid, seconds=30):
-    """Wait for the run. -> its exit status, or the negative number of the signal that killed it"""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    pytest.fail(f"the run did not end within {seconds} s")
+    return fork(program, out / "output")
 
 
 def run(images, out, flags="", before=None):

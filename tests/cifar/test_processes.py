@@ -7,12 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
 
-from tests.cifar import processes_worker
+import cifar.program
+from models import create_model
+from models.synchronized import synchronize
+from tests.forks import free_port, side_by_side
+from utils import distributed
+from utils.cli import run_program
+from utils.data import test_loader as make_loader
+from utils.training import evaluate
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "cifar" / "main_multiple_gpus.py")
@@ -35,12 +45,15 @@ def launch(launcher, n, *command, check=True):
     return ended
 
 
-def free_port():
-    import socket
+def program(argv, lr=0.05, processes=True):
+    """The program of several processes in a process that is forked, or the other one."""
+    run_program(partial(cifar.program.main, description="", lr=lr, processes=processes), [*argv])
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+
+def run(n, argv, folder):
+    """A run of the program in n processes that must end well."""
+    results = side_by_side([partial(program, argv)] * n, folder)
+    assert [status for status, _ in results] == [0] * n, results
 
 
 def load(folder, name=f"{STEM}.pth"):
@@ -52,29 +65,61 @@ def data(images):
     return ["--dataset", "imagefolder", "--path", str(images)]
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    file = tmp_path_factory.mktemp("one") / "states.pt"
-    launch(TORCHRUN, 1, processes_worker.__file__, str(file))
-    return torch.load(file, weights_only=True)
+def train(name, backward, frozen):
+    """5 steps on the same 8 images a step, however many processes share them. -> the final state"""
+    torch.manual_seed(0)
+    settings = dict(Vth=1.0, alpha=0.2) if name.endswith("_if") else dict(Vth=0.3, alpha=0.3, delta_t=0.2)
+    model = create_model(name, num_classes=5, timesteps=2, backward=backward, **settings)
+    for parameter in model.parameters():  # else the currents of silent channels are 0, the end of the clamp
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model(torch.randn(8, 3, 32, 32))  # running statistics to freeze
+    if distributed.world_size() > 1 and not frozen:
+        synchronize(model)
+    network = distributed.parallel(model, torch.device("cpu")).train(not frozen)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    rank, world = distributed.rank(), distributed.world_size()
+    for _ in range(5):
+        images, labels = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
+        loss = F.cross_entropy(network(images[rank::world]), labels[rank::world])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.state_dict()
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_n_processes_compute_what_one_does(n, one_process, tmp_path):
-    """With batch norm synchronized, or frozen: every parameter, threshold and buffer after 5 steps."""
-    file = tmp_path / "states.pt"
-    launch(TORCHRUN, n, processes_worker.__file__, str(file))
-    states = torch.load(file, weights_only=True)
-    assert states.keys() == one_process.keys() and len(states) == 8
-    for case, state in states.items():
-        for key, value in state.items():
-            torch.testing.assert_close(
-                value, one_process[case][key], rtol=1e-9, atol=1e-12, msg=f"{case} {key}"
-            )
+CASES = [
+    (f"preresnet.resnet20_{kind}", backward, frozen)
+    for kind in ("if", "lif")
+    for backward in ("unrolled", "collapsed")
+    for frozen in (False, True)
+]
+
+
+def test_n_processes_compute_what_one_does(float64, tmp_path):
+    """1, 2 and 4, with batch norm synchronized or frozen: every parameter, threshold and buffer."""
+
+    def train_all(file):
+        torch.set_default_dtype(torch.float64)
+        distributed.join(torch.device("cpu"))
+        states = [train(*case) for case in CASES]
+        if distributed.rank() == 0:
+            torch.save(states, file)
+
+    one_process = [train(*case) for case in CASES]
+    for n in (2, 4):
+        results = side_by_side([partial(train_all, tmp_path / "states.pt")] * n, tmp_path)
+        assert [status for status, _ in results] == [0] * n, results
+        states = torch.load(tmp_path / "states.pt", weights_only=True)
+        (tmp_path / "states.pt").unlink()
+        for case, state, expected in zip(CASES, states, one_process):
+            for key, value in state.items():
+                message = f"{n} processes, {case} {key}"
+                torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-12, msg=message)
 
 
 @pytest.mark.parametrize(("launcher", "n"), [(LAUNCH, 2), (TORCHRUN, 4)])
-def test_a_run_of_several_processes(launcher, n, data, tmp_path, capsys):
+def test_a_run_of_several_processes(launcher, n, data, tmp_path, capfd):
     ended = launch(launcher, n, PROGRAM, *data, *SMALL, "-c", str(tmp_path))
     assert ended.stdout.count("epoch 2/2: loss") == 1 and ended.stdout.count("data: ") == 1
     log = (tmp_path / "imagefolder" / f"{STEM}.txt").read_text().splitlines()
@@ -82,63 +127,49 @@ def test_a_run_of_several_processes(launcher, n, data, tmp_path, capsys):
     saved = load(tmp_path)
     assert not any(key.startswith("module.") for key in saved["state_dict"])
     # The single-process program evaluates the checkpoint to the same accuracy, and goes on from it.
-    single = [sys.executable, str(ROOT / "cifar" / "main_single_gpu.py"), *data, *SMALL, "-c", str(tmp_path)]
-    single += ["--resume", f"{STEM}.pth"]
-    evaluated = subprocess.run([*single, "--evaluate"], capture_output=True, text=True, env=environment())
-    loss, top1 = re.search(r"test: loss ([\d.]+), top-1 ([\d.]+) %", evaluated.stdout).groups()
+    single = partial(program, lr=0.1, processes=False)
+    flags = [*data, *SMALL, "-c", str(tmp_path), "--resume", f"{STEM}.pth"]
+    single([*flags, "--evaluate"])
+    loss, top1 = re.search(r"test: loss ([\d.]+), top-1 ([\d.]+) %", capfd.readouterr().out).groups()
     assert float(top1) == pytest.approx(saved["acc"], abs=0.005)
     assert float(loss) == pytest.approx(float(log[2].split()[2]), abs=1e-4)
-    further = subprocess.run([*single, "--epochs", "3"], capture_output=True, text=True, env=environment())
-    assert "resumed from" in further.stdout and load(tmp_path)["epoch"] == 3, further.stderr
+    single([*flags, "--epochs", "3"])
+    assert "resumed from" in capfd.readouterr().out and load(tmp_path)["epoch"] == 3
 
 
 def test_every_test_sample_counts_once(tmp_path):
-    """1,003 samples: the same hits and loss for 1, 2, 3 processes, of which not all get equally many."""
-    script = tmp_path / "evaluate.py"
-    script.write_text(
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from models import create_model\n"
-        "from utils import distributed\n"
-        "from utils.data import test_loader\n"
-        "from utils.training import evaluate\n"
-        "device = distributed.join(torch.device('cpu'))\n"
-        "torch.manual_seed(0)\n"
-        "samples = torch.utils.data.TensorDataset(torch.randn(1003, 12), torch.arange(1003) % 7)\n"
-        "loader = test_loader(samples, batch_size=50, workers=0, pin_memory=False)\n"
-        "result, _ = evaluate(torch.nn.Linear(12, 7), loader, device)\n"
-        "few = torch.utils.data.TensorDataset(torch.ones(1, 3, 32, 32), torch.ones(1).long())\n"
-        "snn = create_model('preresnet.resnet20_if', timesteps=2, Vth=1.0, alpha=0.1)\n"
-        "_, rates = evaluate(snn, test_loader(few, batch_size=1, workers=0, pin_memory=False), device)\n"
-        "assert len(rates) == 21 and max(rates.values()) > 0\n"
-        "print(f'RESULT {result.loss:.12f} {result.top1 * 10.03:.6f} {result.top5 * 10.03:.6f}')\n"
-    )
+    """1,003 samples: the same hits and loss for 1 to 4 processes, of which not all get equally many."""
+
+    def count():
+        device = distributed.join(torch.device("cpu"))
+        torch.manual_seed(0)
+        settings = dict(workers=0, pin_memory=False)
+        samples = TensorDataset(torch.randn(1003, 12), torch.arange(1003) % 7)
+        result, _ = evaluate(torch.nn.Linear(12, 7), make_loader(samples, batch_size=50, **settings), device)
+        few = TensorDataset(torch.ones(1, 3, 32, 32), torch.ones(1).long())
+        snn = create_model("preresnet.resnet20_if", timesteps=2, Vth=1.0, alpha=0.1)
+        _, rates = evaluate(snn, make_loader(few, batch_size=1, **settings), device)
+        assert len(rates) == 21 and max(rates.values()) > 0
+        print(f"RESULT {result.loss:.12f} {result.top1 * 10.03:.6f} {result.top5 * 10.03:.6f}")
+
     results = []
     for n in (1, 2, 3, 4):
-        (line,) = re.findall(r"RESULT (.*)", launch(TORCHRUN, n, str(script)).stdout)
-        results.append([float(figure) for figure in line.split()])
+        (_, printed), *others = side_by_side([count] * n, tmp_path)
+        assert all(status == 0 and "RESULT" not in printed for status, printed in others)
+        results.append([float(figure) for figure in re.search(r"RESULT (.*)", printed)[1].split()])
     assert all(hits == pytest.approx(round(hits), abs=1e-4) for hits in results[0][1:])
     for loss, *hits in results[1:]:
         assert hits == results[0][1:] and loss == pytest.approx(results[0][0], abs=1e-6)
 
 
 def test_two_machines_train_as_one(data, tmp_path):
-    """Two launchers that meet on the loopback interface, one process each, against one launcher with two."""
-    port = str(free_port())
-    meet = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "a"]
-    command = [
-        *meet,
-        "--rdzv_endpoint",
-        f"127.0.0.1:{port}",
-        PROGRAM,
-        *data,
-        *SMALL,
-        "-c",
-        str(tmp_path / "two"),
-    ]
+    """Two launchers that meet on the loopback interface, one process each, against two without one."""
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "a"]
+    meet += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    command = [*TORCHRUN, *meet, PROGRAM, *data, *SMALL, "-c", str(tmp_path / "two")]
     nodes = [subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    launch(TORCHRUN, 2, PROGRAM, *data, *SMALL, "-c", str(tmp_path / "one"))
+    run(2, [*data, *SMALL, "-c", str(tmp_path / "one")], tmp_path)
     two, one = load(tmp_path / "two")["state_dict"], load(tmp_path / "one")["state_dict"]
     assert all(torch.equal(two[key], one[key]) for key in one)
 
@@ -157,58 +188,50 @@ def kill_one(folder, after_epoch, group):
 
 
 def test_a_killed_process(data, tmp_path):
-    """The others end within a minute; with restarts the run goes on by itself, as if nothing had happened."""
-    flags = [*data, *SMALL, "--epochs", "6", "--resume", "auto"]
-    plain = [*TORCHRUN, "--nproc_per_node", "2", "--master_port"]
-    command = [*plain, str(free_port()), PROGRAM, *flags, "-c", str(tmp_path / "dies")]
-    run = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    killed = kill_one(tmp_path / "dies", 1, run.pid)
-    _, err = run.communicate(timeout=100)
-    assert run.returncode != 0 and time.monotonic() - killed < 60
+    """With a restart the run goes on by itself. Without one left the others end within a minute."""
+    flags = [*data, *SMALL, "--epochs", "6", "--resume", "auto", "-c", str(tmp_path / "out")]
+    restarts = ["--nproc_per_node", "2", "--master_port", str(free_port()), "--max-restarts", "1"]
+    command = [*TORCHRUN, *restarts, PROGRAM, *flags]
+    launched = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    kill_one(tmp_path / "out", 1, launched.pid)
+    killed = kill_one(tmp_path / "out", 3, launched.pid)
+    _, err = launched.communicate(timeout=100)
+    assert launched.returncode != 0 and time.monotonic() - killed < 60
     assert re.search(r"rank\s*:\s*[01]", err) and "SIGKILL" in err
-    command = [
-        *plain,
-        str(free_port()),
-        "--max-restarts",
-        "2",
-        PROGRAM,
-        *flags,
-        "-c",
-        str(tmp_path / "restarts"),
-    ]
-    run = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    kill_one(tmp_path / "restarts", 2, run.pid)
-    assert run.wait(timeout=200) == 0
-    launch(TORCHRUN, 2, PROGRAM, *flags, "-c", str(tmp_path / "whole"))
-    restarted, whole = load(tmp_path / "restarts"), load(tmp_path / "whole")
+    run(2, flags, tmp_path)  # as if nothing had happened
+    run(2, [*flags, "-c", str(tmp_path / "whole")], tmp_path)
+    restarted, whole = load(tmp_path / "out"), load(tmp_path / "whole")
     assert all(torch.equal(restarted["state_dict"][k], v) for k, v in whole["state_dict"].items())
     assert restarted["epoch"] == 6 and len(restarted["log"]) == 6
 
 
 def test_mistakes_get_one_line_from_rank_0(data, tmp_path):
-    for flags, expected in (
-        (["--train-batch", "3"], "total of 2 processes"),
-        (["--train-batch", "1"], "total of 2 processes"),
-        (["--path", str(tmp_path / "nowhere")], "nowhere"),
-        (["--device", "cuda"], "--device"),
-    ):
-        ended = launch(TORCHRUN, 2, PROGRAM, *data, *SMALL, "-c", str(tmp_path / "out"), *flags, check=False)
-        errors = [line for line in ended.stderr.splitlines() if "error: " in line and "torch" not in line]
-        assert ended.returncode != 0 and len(errors) == 1 and expected in errors[0], ended.stderr
-        assert "[rank1]" not in ended.stderr  # no traceback of the one that waits for the first
+    argv = [*data, *SMALL, "-c", str(tmp_path / "out")]
+    mistakes = {
+        "--train-batch 3": "total of 2 processes",
+        "--train-batch 1": "total of 2 processes",
+        f"--path {tmp_path}/nowhere": "nowhere",
+        "--device cuda": "--device",
+    }
+    for flags, expected in mistakes.items():
+        results = side_by_side([partial(program, [*argv, *flags.split()])] * 2, tmp_path)
+        check_mistake(*results[0], expected)
+        assert "Traceback" not in results[1][1]  # of the one that waits for the first
+    launched = launch(TORCHRUN, 2, PROGRAM, *argv, "--train-batch", "3", check=False)
+    check_mistake(launched.returncode, launched.stderr, "total of 2 processes")
+    assert "[rank1]" not in launched.stderr
     assert not (tmp_path / "out").exists()
 
 
+def check_mistake(status, printed, expected):
+    errors = [line for line in printed.splitlines() if "error: " in line and "torch" not in line]
+    assert status != 0 and len(errors) == 1 and expected in errors[0], printed
+
+
 def test_processes_with_different_arguments(data, tmp_path):
-    port, runs = str(free_port()), []
-    for rank in range(2):
-        joined = dict(environment(), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port)
-        command = [sys.executable, PROGRAM, *data, *SMALL, "-c", str(tmp_path), "--tau", str(1 + rank)]
-        joined["MASTER_ADDR"] = "127.0.0.1"
-        runs.append(subprocess.Popen(command, env=joined, stderr=subprocess.PIPE, text=True))
-    errors = [run.communicate(timeout=100)[1] for run in runs]
-    assert all(run.returncode == 1 for run in runs)
-    assert "different tau" in errors[0] and errors[0].count("error:") == 1
+    argv = [*data, *SMALL, "-c", str(tmp_path)]
+    differing = [partial(program, [*argv, "--tau", str(1 + rank)]) for rank in range(2)]
+    check_mistake(*side_by_side(differing, tmp_path)[0], "different tau")
 
 
 def test_a_plain_start_is_a_run_of_one_process(data, tmp_path):

@@ -6,6 +6,7 @@ But for the published commands and the launch styles, the networks are thin (see
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from imagenet.main import get_parser, main
 from models import create_model, registry
+from tests.forks import fork, free_port
 from tests.imagenet import thin
 from tests.imagenet.images import make_images
 from utils.cli import run_program
@@ -67,12 +69,6 @@ def finish(*command, cwd, **more):
     ended = subprocess.run([*map(str, command)], cwd=cwd, **settings)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def published_commands():
@@ -281,15 +277,13 @@ def test_killed_within_an_epoch_and_resumed(workers, program, tmp_path):
     whole = load(program(flags, out="whole") / f"{IF}.pth")
     file = tmp_path / "killed" / "imagenet" / f"{IF}.pth"
     again = f"{flags} -j {workers} --save_every 1"
-    fixed = f"{SIZES} {ALIVE} --seed 1 --device cpu -c {tmp_path}/killed"
-    command = [sys.executable, thin.__file__, *fixed.split(), *again.split()]
-    run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    pid = fork(lambda: program(again, out="killed"), tmp_path / "printed")
     progress = (0, 0)
-    while progress < (1, 2) and run.poll() is None:
+    while progress < (1, 2) and os.waitpid(pid, os.WNOHANG) == (0, 0):
         time.sleep(0.02)
         progress = (load(file)["epoch"], load(file)["iteration"]) if file.exists() else progress
-    run.kill()
-    run.wait()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     stopped = load(file)
     assert stopped["epoch"] == 1 and 2 <= stopped["iteration"] < 24
     program(f"{again} --resume auto", out="killed")

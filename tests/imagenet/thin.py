@@ -1,15 +1,8 @@
-"""The ImageNet program with thin networks of four blocks in place of the published ones."""
+"""Thin networks of four blocks, to be registered in place of the published ones."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from imagenet.main import main  # noqa: E402
-from models import registry  # noqa: E402
-from models.preresnet_imagenet import ImageNetPreActResNet, basic  # noqa: E402
-from utils.cli import run_program  # noqa: E402
+from models.preresnet_imagenet import ImageNetPreActResNet, basic
 
 network = partial(ImageNetPreActResNet, lambda *shape: basic(shape[0], shape[1] // 8, shape[2]), [1, 1, 1, 1])
 NETWORKS = {
@@ -21,7 +14,3 @@ NETWORKS = {
         ("snn.resnet18_lif", "lif"),
     )
 }
-
-if __name__ == "__main__":
-    registry.NETWORKS.update(NETWORKS)
-    run_program(main)
