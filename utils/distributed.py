@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.cli import UserError, warn
 
+DAY = timedelta(days=1)
+
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -38,12 +40,12 @@ def join(device, backend=None):
         torch.cuda.set_device(device)
     try:
         backend = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
-        store, number, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        store, number, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # The launcher may keep its store: restarted processes must not read where earlier ones listened.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        agreed = dict(store=store, rank=number, world_size=world)
-        dist.init_process_group(backend, timeout=timedelta(days=1), **agreed)
+        store.set_timeout(DAY)  # the first process may have data to prepare
+        dist.init_process_group(backend, timeout=DAY, store=store, rank=number, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes cannot meet: {str(error).splitlines()[0]}") from None
     if rank():
