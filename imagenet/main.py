@@ -71,6 +71,7 @@ def get_parser():
     add("--gpu", type=natural, help="use this GPU alone")
     text = "start the processes of this machine: one for each GPU, or --cpu_processes without one"
     add("--multiprocessing-distributed", action="store_true", help=text)
+    add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     add("--cpu_processes", type=count, default=2, help="processes on a machine without GPUs")
     neurons = {name: value for name, value in IMAGENET_SETTINGS.items() if name != "num_classes"}
     training = dict(epochs=90, lr=0.001, warmup=5000, weight_decay=0.0, optimizer="adam", save_every=1000)
@@ -91,7 +92,15 @@ def main(argv):
         launch(sys.argv[1:] if argv is None else argv, args, device)
         return
     device = distributed.join(device, args.dist_backend)
-    for name in ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "dist_url"):
+    launching = (
+        "multiprocessing_distributed",
+        "cpu_processes",
+        "world_size",
+        "rank",
+        "local_rank",
+        "dist_url",
+    )
+    for name in launching:
         delattr(args, name)  # they differ between processes or say how the run was started
     args.test_batch = args.train_batch
     files = RunFiles(Path(args.checkpoint, "imagenet"), args.name or args.model, accuracy="acc1")

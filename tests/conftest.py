@@ -10,6 +10,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each of the processes that
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same numbers whichever tests ran before in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def float64():
     """Double precision as the default of this test: a spike cannot flip by rounding."""

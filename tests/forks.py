@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed import launcher, run
 
 
 def fork(action, output, **environment):
@@ -73,6 +74,23 @@ def side_by_side(actions, folder):
             os.kill(pid, signal.SIGTERM)
         results.append((ended(pid, 200), output.read_text()))
     return results
+
+
+def torchrun(flags, action, output):
+    """torchrun in a forked process, with workers forked from it that call `action`. -> its id"""
+
+    def work(*_command):
+        action()
+
+    def forked(config, entrypoint):
+        config.start_method = "fork"
+        return launcher.api.elastic_launch(config, work)
+
+    def launch():
+        run.elastic_launch = forked  # in this process alone
+        run.main([*flags, "program"])
+
+    return fork(launch, output)
 
 
 def free_port():

@@ -263,7 +263,7 @@ class Readers:
         self.files.folder.mkdir()
 
     def read_checkpoint(self, path):
-        """As `run` and `fit` do, up to the first step of the optimizer."""
+        """As `run` and `Run` do, up to the first step of the optimizer."""
         content, source = checkpoint.resume(str(path), self.files)
         utils.program.compare(self.args, content, source)
         checkpoint.load_weights(self.model, content["state_dict"], source)

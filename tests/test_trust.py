@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import utils.events
 import utils.training
 from models import create_model
 from tests import chaos, fuzz
-from tests.forks import ended, fork
+from tests.forks import ended, fork, torchrun
 from utils import checkpoint
 from utils.calibration import load_thresholds
 from utils.cli import UserError, run_program
@@ -243,19 +244,16 @@ def test_a_second_ctrl_c_ends_the_program(images, tmp_path):
 
 def test_sigterm_to_two_processes(images, tmp_path):
     """As a scheduler sends it: to the launcher, which hands it on."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "cifar" / "main_multiple_gpus.py"), *SMALL.split(), "--epochs", "500"]
-    command += ["--path", str(images), "--checkpoint", str(tmp_path)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    launched = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    argv = shlex.split(f"{SMALL} --epochs 500 --path {images} --checkpoint {tmp_path}")
+    several = partial(cifar.program.main, description="", lr=0.05, processes=True)
+    action = partial(run_program, several, argv)
+    launched = torchrun(["--standalone", "--nproc_per_node", "2"], action, tmp_path / "output")
     file = files_of(tmp_path).checkpoint
     until(file.exists, 60)
-    workers = chaos.family(launched.pid)[1:]
-    begins = time.monotonic()
-    launched.terminate()
-    _, err = launched.communicate(timeout=60)
-    assert time.monotonic() - begins < 30 and launched.returncode != 0
-    assert err.count("stopped by SIGTERM") == 1
+    workers = chaos.family(launched)[1:]
+    os.kill(launched, signal.SIGTERM)
+    assert ended(launched, 30) != 0
+    assert printed(tmp_path).count("stopped by SIGTERM") == 1
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
     saved = checkpoint.load(file)
     assert saved["epoch"] < 500 and file.stat().st_mtime > time.time() - 30

@@ -11,7 +11,7 @@ from utils.cli import UserError, number, warn
 from utils.data import test_loader, train_loader
 from utils.optimizers import load_optimizer, make_optimizer
 from utils.statistics import neuron_layers
-from utils.training import evaluate, fit
+from utils.training import Run, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
 MODEL_SETTINGS = (*NEURON_SETTINGS, "backward", "dropout_mask", "Vth_grad_scale")
@@ -137,7 +137,7 @@ def run(args, files, device, load, create_model, prepare=None):
     optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
     if resumed and "optimizer" in resumed:
         load_optimizer(optimizer, resumed["optimizer"], source)
-    fit(model, optimizer, train, test, args, files, resumed, source, device)
+    Run(model, optimizer, train, test, args, files, resumed, source, device).train()
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
         if getattr(files, what).exists():
             print(f"{what + ':':13}{getattr(files, what)}")

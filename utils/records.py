@@ -3,14 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
 
-matplotlib.use("Agg")  # draws without a screen
-import matplotlib.pyplot as plt  # noqa: E402
-from torch.utils.tensorboard import SummaryWriter  # noqa: E402
-
-from utils.checkpoint import is_row, make_folder, save, save_text  # noqa: E402
-from utils.cli import UserError  # noqa: E402
+from utils.checkpoint import is_row, make_folder, save, save_text
+from utils.cli import UserError
 
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
 
@@ -89,7 +86,8 @@ def draw_curves(rows, file, title):
     _, train_loss, test_loss, train_accuracy, test_accuracy = zip(*rows)
     epochs = range(1, len(rows) + 1)
     marker = "o" if len(rows) < 20 else None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for axes, train, test, label in (
         (left, train_loss, test_loss, "cross entropy"),
         (right, train_accuracy, test_accuracy, "top-1 accuracy (%)"),
@@ -102,4 +100,3 @@ def draw_curves(rows, file, title):
         axes.legend()
     figure.suptitle(title)
     figure.savefig(file, format="pdf")
-    plt.close(figure)

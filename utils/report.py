@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from utils.checkpoint import save, save_text
-from utils.records import plt
 from utils.results import markdown
 from utils.statistics import published_name, unrolled
 
@@ -198,7 +198,8 @@ count."""
 
 def draw(_, file, measured, main, chain):
     """Accuracy and energy against T; firing rate and representation error of each layer."""
-    figure, ((left, right), (rate, error)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (left, right), (rate, error) = figure.subplots(2, 2)
     steps = [m.timesteps for m in measured]
     left.plot(steps, [m.accuracy for m in measured], marker="o", label="SNN")
     if chain:
@@ -229,4 +230,3 @@ def draw(_, file, measured, main, chain):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="best" if axes in (left, right) else "upper right")
     figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)

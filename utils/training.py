@@ -178,98 +178,113 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def fit(model, optimizer, train_loader, test_loader, args, files, resumed, source, device):
-    """Train on from `resumed` (a checkpoint that lay at `source`, or None); log and save every epoch.
+class Run:
+    """A run of training, from its start or from `resumed` on, a checkpoint that lay at `source`.
 
-    Raises Stopped, with a checkpoint written, when a signal asks for it. A checkpoint's `epoch` counts the
-    epochs that are done, `iteration` the steps of the next one; all that is random is drawn from (seed,
-    epoch, step or sample), so that these two numbers are the state of every random generator.
+    A checkpoint's `epoch` counts the epochs that are done, `iteration` the steps of the next one; all that is
+    random is drawn from (seed, epoch, step or sample), so that these two numbers are the state of every
+    random generator.
     """
-    first_epoch, first_step = args.start_epoch, 0
-    if resumed:
-        first_epoch, first_step = resumed["epoch"], resumed["iteration"]
-    own = source in (files.checkpoint, files.previous, files.best)
-    best_acc = resumed["best_acc"] if own else -1.0  # so that this run's first epoch makes its first best
-    if first_epoch >= args.epochs:
-        print(f"nothing left to train: {first_epoch} of {args.epochs} epochs are done")
-        return
-    rows = resumed.get("log", []) if resumed else None
-    official = own and "log" not in resumed  # which keeps its rows in the file alone
-    if official and files.log.exists():
-        rows = read_log(files.log)[:first_epoch]
-    recorder = None  # only rank 0 writes
-    if rank() == 0:
-        files.create()
-        checkpoint.save_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n", files.arguments)
-        recorder = Recorder(files, first_epoch, rows)
-    network = parallel(model, device)
-    steps = len(train_loader)
-    if first_step > steps:
-        raise UserError(f"{source}: {first_step} iterations into an epoch of {steps}; give it the same data")
-    curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=steps, warmup=args.warmup)
-    schedule = warmup_cosine(
-        optimizer, **curve, first_step=first_epoch * steps + first_step, within=args.warmup_within_first_epoch
-    )
 
-    def save(epoch, top1, file=files.checkpoint, **progress):
-        if spoilt := not_finite(model.state_dict()):  # the loss need not tell: a NaN makes no spike
-            when = f"iteration {progress.get('iteration', steps)} of epoch {epoch + bool(progress)}"
-            # Its gradient has spoilt the layers below: the last is where it began.
-            raise UserError(f"{spoilt[-1]} is not finite after {when}/{args.epochs}; {LOWER}")
-        state = dict(epoch=epoch, iteration=0, state_dict=model.state_dict(), log=recorder.rows) | progress
-        state |= {files.accuracy: top1, f"best_{files.accuracy}": best_acc, "arch": args.model}
-        versions = dict(torch=str(torch.__version__), python=platform.python_version())
-        state |= dict(optimizer=optimizer.state_dict(), args=vars(args), versions=versions)
-        checkpoint.save(state, file, files.previous if file == files.checkpoint else None)
+    def __init__(self, model, optimizer, train_loader, test_loader, args, files, resumed, source, device):
+        self.model, self.optimizer, self.args, self.files, self.device = model, optimizer, args, files, device
+        self.train_loader, self.test_loader, self.steps = train_loader, test_loader, len(train_loader)
+        self.epoch, self.step, self.sums = args.start_epoch, 0, None  # of the epoch that is under way
+        self.best_acc, self.rows = -1.0, None  # the first epoch makes this run's first best
+        self.known = set()  # what has been warned of
+        if resumed:
+            self.epoch, self.step, self.sums = resumed["epoch"], resumed["iteration"], resumed.get("sums")
+            self.rows = resumed.get("log", [])
+            if source in (files.checkpoint, files.previous, files.best):
+                self.best_acc = resumed["best_acc"]
+                if "log" not in resumed and files.log.exists():  # an official run has its rows there alone
+                    self.rows = read_log(files.log)[: self.epoch]
+        if self.step > self.steps:
+            text = f"{source}: {self.step} iterations into an epoch of {self.steps}; give it the same data"
+            raise UserError(text)
 
-    def save_within(epoch, step, metrics):
+    def train(self):
+        """Train to the last epoch. Raises Stopped, with a checkpoint written, when a signal asks for it."""
+        args = self.args
+        if self.epoch >= args.epochs:
+            print(f"nothing left to train: {self.epoch} of {args.epochs} epochs are done")
+            return
+        self.recorder = None
+        if rank() == 0:  # which alone writes
+            self.files.create()
+            arguments = json.dumps(vars(args), indent=2, sort_keys=True) + "\n"
+            checkpoint.save_text(arguments, self.files.arguments)
+            self.recorder = Recorder(self.files, self.epoch, self.rows)
+        self.network = parallel(self.model, self.device)
+        curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=self.steps, warmup=args.warmup)
+        curve |= dict(first_step=self.epoch * self.steps + self.step, within=args.warmup_within_first_epoch)
+        self.schedule = warmup_cosine(self.optimizer, **curve)
+        with StopRequest() as stop:
+            for epoch in range(self.epoch, args.epochs):
+                self.epoch, began = epoch, time.perf_counter()
+                metrics = self.train_epoch(stop)
+                train = metrics.result(everywhere=True)
+                same_buffers(self.model)
+                try:
+                    test, rates = evaluate(self.model, self.test_loader, self.device, args.precision, stop)
+                except Stopped:
+                    self.save_within(metrics)
+                    raise
+                best = test.top1 > self.best_acc
+                self.best_acc, self.step = max(self.best_acc, test.top1), 0
+                if self.recorder is not None:
+                    self.record(train, test, rates, best, time.perf_counter() - began)
+
+    def train_epoch(self, stop):
+        """Train on what is left of the epoch, with a checkpoint after every --save_every steps. -> Metrics"""
+        args, title = self.args, f"epoch {self.epoch + 1}/{self.args.epochs}"
+        self.train_loader.sampler.start(self.epoch, self.step * self.train_loader.batch_size)
+        metrics = Metrics(self.device, self.sums if self.step else None)
+        parts = self.network, self.train_loader, self.optimizer, self.schedule, self.device, title, metrics
+        for step in train_steps(*parts, precision=args.precision, first=self.step):
+            self.step, number = step, stop.signal()
+            if number or (args.save_every and step % args.save_every == 0):
+                self.save_within(metrics)
+            if number:
+                raise Stopped(number)
+            if args.print_freq and step % args.print_freq == 0:
+                print(f"{title}, iteration {step}/{self.steps}: {metrics.result()}", flush=True)
+        return metrics
+
+    def record(self, train, test, rates, best, seconds):
+        """Log and save an epoch. `seconds`: with the test; of the rest, if it went on from a checkpoint."""
+        warn_of_layers(self.model, rates, self.known)
+        lr, done = self.args.lr * cosine(self.epoch, self.args.epochs), self.epoch + 1
+        layers = dict(thresholds=thresholds(self.model), firing_rates=rates)
+        costs = {"seconds an epoch": seconds, "peak memory (MB)": peak_memory(self.device)}
+        self.recorder.add(self.epoch, lr=lr, train=train, test=test, **layers, costs=costs)
+        if best:  # first, so that a run killed between the two writes its best again when it is resumed
+            self.save(self.files.best, done, test.top1)
+        self.save(self.files.checkpoint, done, test.top1, keep=self.files.previous)
+        self.recorder.write()
+        print(
+            f"epoch {done}/{self.args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
+            f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {self.best_acc:.2f}); "
+            f"{train.images_per_second:.0f} images/s",
+            flush=True,
+        )
+
+    def save_within(self, metrics):
+        """A checkpoint of the epoch that is under way."""
         sums = total(metrics.sums).tolist()
-        if recorder is not None:
-            save(epoch, recorder.rows[-1][-1] if recorder.rows else -1.0, iteration=step, sums=sums)
+        if self.recorder is not None:
+            top1 = self.recorder.rows[-1][-1] if self.recorder.rows else -1.0
+            within = dict(iteration=self.step, sums=sums)
+            self.save(self.files.checkpoint, self.epoch, top1, keep=self.files.previous, **within)
 
-    complaints = set()
-    with StopRequest() as stop:
-        for epoch in range(first_epoch, args.epochs):
-            train_loader.sampler.start(epoch, first_step * train_loader.batch_size)
-            title = f"epoch {epoch + 1}/{args.epochs}"
-            metrics = Metrics(device, resumed.get("sums") if first_step else None)
-            along = dict(precision=args.precision, first=first_step)
-            step, began = first_step, time.perf_counter()
-            for step in train_steps(
-                network, train_loader, optimizer, schedule, device, title, metrics, **along
-            ):
-                number = stop.signal()
-                if number or (args.save_every and step % args.save_every == 0):
-                    save_within(epoch, step, metrics)
-                if number:
-                    raise Stopped(number)
-                if args.print_freq and step % args.print_freq == 0:
-                    print(f"{title}, iteration {step}/{steps}: {metrics.result()}", flush=True)
-            first_step = 0
-            train = metrics.result(everywhere=True)
-            same_buffers(model)
-            try:
-                test, rates = evaluate(model, test_loader, device, args.precision, stop)
-            except Stopped:
-                save_within(epoch, step, metrics)
-                raise
-            best = test.top1 > best_acc
-            best_acc = max(best_acc, test.top1)
-            if recorder is None:
-                continue
-            warn_of_layers(model, rates, complaints)
-            lr = args.lr * cosine(epoch, args.epochs)
-            layers = dict(thresholds=thresholds(model), firing_rates=rates)
-            seconds = time.perf_counter() - began  # with the test; of the rest, where an epoch went on
-            costs = {"seconds an epoch": seconds, "peak memory (MB)": peak_memory(device)}
-            recorder.add(epoch, lr=lr, train=train, test=test, **layers, costs=costs)
-            if best:  # first, so that a run killed between the two writes its best again when it is resumed
-                save(epoch + 1, test.top1, files.best)
-            save(epoch + 1, test.top1)
-            recorder.write()
-            print(
-                f"epoch {epoch + 1}/{args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
-                f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {best_acc:.2f}); "
-                f"{train.images_per_second:.0f} images/s",
-                flush=True,
-            )
+    def save(self, file, epoch, top1, keep=None, **within):
+        """Write a checkpoint; what lay there before becomes the file `keep`."""
+        if spoilt := not_finite(self.model.state_dict()):  # the loss need not tell: a NaN makes no spike
+            when = f"iteration {within.get('iteration', self.steps)} of epoch {self.epoch + 1}"
+            # Its gradient has spoilt the layers below: the last is where it began.
+            raise UserError(f"{spoilt[-1]} is not finite after {when}/{self.args.epochs}; {LOWER}")
+        state = dict(epoch=epoch, iteration=0, state_dict=self.model.state_dict(), log=self.recorder.rows)
+        state |= {self.files.accuracy: top1, f"best_{self.files.accuracy}": self.best_acc} | within
+        state |= dict(arch=self.args.model, optimizer=self.optimizer.state_dict(), args=vars(self.args))
+        state |= dict(versions=dict(torch=str(torch.__version__), python=platform.python_version()))
+        checkpoint.save(state, file, keep)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 from imagenet.main import get_parser, main
 from models import create_model, registry
-from tests.forks import fork, free_port
+from tests.forks import ended, fork, free_port, torchrun
 from tests.imagenet import thin
 from tests.imagenet.images import make_images
 from utils.cli import run_program
@@ -92,12 +93,22 @@ def test_the_read_me_gives_the_published_commands():
             assert get_parser().parse(line.split()[2:]).path == "./data/imagenet"
 
 
-def test_the_published_chain(home):
-    """The three commands as written, but for the sizes (and a free port): the last in two processes."""
+def test_the_published_chain(home, monkeypatch):
+    """The three commands as written, but for the sizes (and a free port): the last in two processes.
+
+    It is started as a user does; the others are forked.
+    """
     port = f"127.0.0.1:{free_port()}"
     commands = [command.replace("127.0.0.1:20500", port).split() for command in published_commands()]
     small = [*SIZES.split(), "--seed", "3"]  # after three steps, not every seed gives a logit above 0
-    outputs = [finish(sys.executable, ROOT / c[0], *c[1:], *small, cwd=home) for c in commands]
+    monkeypatch.chdir(home)
+    outputs = []
+    for number, (script, *flags) in enumerate(commands):
+        if number < 2:
+            assert ended(fork(partial(run_program, main, [*flags, *small]), home / "printed"), 100) == 0
+            outputs.append((home / "printed").read_text())
+        else:
+            outputs.append(finish(sys.executable, ROOT / script, *flags, *small, cwd=home))
     folder = home / "checkpoint" / "imagenet"
     for output in outputs:
         assert output.count("data: imagenet, 12 training, 7 test, 3 classes") == 1
@@ -132,16 +143,16 @@ def test_torchrun_and_two_machines_count_every_image_once(home, tmp_path, monkey
     main([*flags, "--device", "cpu"])
     expected = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"test: loss [\d.]+, top-1 [\d.]+ %, top-5 [\d.]+ %", expected)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port"]
-    command = [*torchrun, free_port(), MAIN, *flags, "--dist-url", "env://"]
-    assert finish(*command, cwd=home).splitlines()[-1] == expected
-    meet = ["--dist-url", f"tcp://127.0.0.1:{free_port()}", "--world-size", "2", "--dist-backend", "gloo"]
-    command = [sys.executable, MAIN, *flags, *meet, "--rank"]
-    settings = dict(cwd=home, env=environment(), text=True, stdout=subprocess.PIPE)
-    nodes = [subprocess.Popen([*command, str(rank)], **settings) for rank in (0, 1)]
-    printed = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0] and printed[1] == ""
-    assert printed[0].splitlines()[-1] == expected
+    printed = [tmp_path / name for name in ("torchrun", "first", "second")]
+    action = partial(run_program, main, [*flags, "--dist-url", "env://"])
+    meet = [*flags, "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--world-size", "2", "--dist-backend"]
+    meet += ["gloo", "--device", "cpu", "--rank"]
+    launched = [torchrun(["--standalone", "--nproc_per_node", "1"], action, printed[0])]
+    nodes = zip(("0", "1"), printed[1:])
+    launched += [fork(partial(run_program, main, [*meet, rank]), output) for rank, output in nodes]
+    assert [ended(pid, 200) for pid in launched] == [0, 0, 0]
+    assert [output.read_text().count("test: loss") for output in printed] == [1, 1, 0]
+    assert all(expected in output.read_text().splitlines() for output in printed[:2])
 
 
 LAUNCHES = {
