@@ -10,7 +10,8 @@ import warnings
 
 import pytest
 import torch
-from torch.distributed import launcher, run
+from torch.distributed import run
+from torch.distributed.launcher import elastic_launch
 
 
 def fork(action, output, **environment):
@@ -77,14 +78,17 @@ def side_by_side(actions, folder):
 
 
 def torchrun(flags, action, output):
-    """torchrun in a forked process, with workers forked from it that call `action`. -> its id"""
+    """torchrun in a forked process, with workers forked from it that call `action`. -> its id
+
+    The launcher is torch's own but for the way in which it starts its workers.
+    """
 
     def work(*_command):
         action()
 
     def forked(config, entrypoint):
         config.start_method = "fork"
-        return launcher.api.elastic_launch(config, work)
+        return elastic_launch(config, work)
 
     def launch():
         run.elastic_launch = forked  # in this process alone

@@ -21,6 +21,7 @@ from models import create_model
 from models.preresnet import BasicBlock, PreActResNet
 from models.registry import activation_factory
 from models.synchronized import synchronize
+from tests import chaos
 from tests.forks import ended, free_port, side_by_side, torchrun
 from utils import distributed
 from utils.cli import run_program
@@ -182,8 +183,7 @@ def kill_one(folder, after_epoch, group):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (file.exists() and load(folder)["epoch"] >= after_epoch):
         time.sleep(0.05)
-    children = Path(f"/proc/{group}/task/{group}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(chaos.family(group)[-1], signal.SIGKILL)
     return time.monotonic()
 
 

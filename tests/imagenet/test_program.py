@@ -105,7 +105,8 @@ def test_the_published_chain(home, monkeypatch):
     outputs = []
     for number, (script, *flags) in enumerate(commands):
         if number < 2:
-            assert ended(fork(partial(run_program, main, [*flags, *small]), home / "printed"), 100) == 0
+            action = partial(run_program, main, [*flags, *small])
+            assert ended(fork(action, home / "printed", CUDA_VISIBLE_DEVICES=""), 100) == 0
             outputs.append((home / "printed").read_text())
         else:
             outputs.append(finish(sys.executable, ROOT / script, *flags, *small, cwd=home))
@@ -138,15 +139,15 @@ def test_torchrun_and_two_machines_count_every_image_once(home, tmp_path, monkey
     torch.manual_seed(0)
     model = create_model(ANN, num_classes=3)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "ann.pth")
-    flags = [*f"-a {ANN} --pre_train {tmp_path}/ann.pth -e".split(), *SIZES.split()]
+    flags = f"-a {ANN} --pre_train {tmp_path}/ann.pth -e --device cpu {SIZES}".split()
     monkeypatch.chdir(home)
-    main([*flags, "--device", "cpu"])
+    main(flags)
     expected = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"test: loss [\d.]+, top-1 [\d.]+ %, top-5 [\d.]+ %", expected)
     printed = [tmp_path / name for name in ("torchrun", "first", "second")]
     action = partial(run_program, main, [*flags, "--dist-url", "env://"])
     meet = [*flags, "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--world-size", "2", "--dist-backend"]
-    meet += ["gloo", "--device", "cpu", "--rank"]
+    meet += ["gloo", "--rank"]
     launched = [torchrun(["--standalone", "--nproc_per_node", "1"], action, printed[0])]
     nodes = zip(("0", "1"), printed[1:])
     launched += [fork(partial(run_program, main, [*meet, rank]), output) for rank, output in nodes]
