@@ -29,7 +29,7 @@ from utils import checkpoint, distributed  # noqa: E402
 from utils.calibration import calibrate, load_thresholds  # noqa: E402
 from utils.cli import Parser, UserError, choose_device, number, run_program  # noqa: E402
 from utils.data import imagenet, loader, unaugmented  # noqa: E402
-from utils.program import add_flags, count, natural, run  # noqa: E402
+from utils.program import LAUNCHING, add_flags, count, natural, run  # noqa: E402
 from utils.records import RunFiles  # noqa: E402
 
 
@@ -92,16 +92,8 @@ def main(argv):
         launch(sys.argv[1:] if argv is None else argv, args, device)
         return
     device = distributed.join(device, args.dist_backend)
-    launching = (
-        "multiprocessing_distributed",
-        "cpu_processes",
-        "world_size",
-        "rank",
-        "local_rank",
-        "dist_url",
-    )
-    for name in launching:
-        delattr(args, name)  # they differ between processes or say how the run was started
+    for name in LAUNCHING:
+        delattr(args, name)
     args.test_batch = args.train_batch
     files = RunFiles(Path(args.checkpoint, "imagenet"), args.name or args.model, accuracy="acc1")
     data = partial(imagenet, Path(args.path), args.image_size)

@@ -15,6 +15,8 @@ from utils.training import Run, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
 MODEL_SETTINGS = (*NEURON_SETTINGS, "backward", "dropout_mask", "Vth_grad_scale")
+# How the processes of a run were started; some differ between them.
+LAUNCHING = ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "local_rank", "dist_url")
 # What may differ in a run that goes on by itself: where, not what, is computed.
 NEUTRAL = (
     "workers",
@@ -30,7 +32,7 @@ NEUTRAL = (
 )
 NEUTRAL += ("rate_stat", "save_every", "print_freq", "compile", "preset", "manualSeed", "deterministic")
 NEUTRAL += ("dist_backend", "test_batch", "pre_train", "load_Vth")
-NEUTRAL += ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "dist_url")
+NEUTRAL += LAUNCHING
 
 count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)

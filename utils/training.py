@@ -260,7 +260,7 @@ class Run:
         self.recorder.add(self.epoch, lr=lr, train=train, test=test, **layers, costs=costs)
         if best:  # first, so that a run killed between the two writes its best again when it is resumed
             self.save(self.files.best, done, test.top1)
-        self.save(self.files.checkpoint, done, test.top1, keep=self.files.previous)
+        self.save(self.files.checkpoint, done, test.top1)
         self.recorder.write()
         print(
             f"epoch {done}/{self.args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
@@ -274,11 +274,10 @@ class Run:
         sums = total(metrics.sums).tolist()
         if self.recorder is not None:
             top1 = self.recorder.rows[-1][-1] if self.recorder.rows else -1.0
-            within = dict(iteration=self.step, sums=sums)
-            self.save(self.files.checkpoint, self.epoch, top1, keep=self.files.previous, **within)
+            self.save(self.files.checkpoint, self.epoch, top1, iteration=self.step, sums=sums)
 
-    def save(self, file, epoch, top1, keep=None, **within):
-        """Write a checkpoint; what lay there before becomes the file `keep`."""
+    def save(self, file, epoch, top1, **within):
+        """Write a checkpoint, to `files.checkpoint` or `files.best`; of the former the one before is kept."""
         if spoilt := not_finite(self.model.state_dict()):  # the loss need not tell: a NaN makes no spike
             when = f"iteration {within.get('iteration', self.steps)} of epoch {self.epoch + 1}"
             # Its gradient has spoilt the layers below: the last is where it began.
@@ -287,4 +286,4 @@ class Run:
         state |= {self.files.accuracy: top1, f"best_{self.files.accuracy}": self.best_acc} | within
         state |= dict(arch=self.args.model, optimizer=self.optimizer.state_dict(), args=vars(self.args))
         state |= dict(versions=dict(torch=str(torch.__version__), python=platform.python_version()))
-        checkpoint.save(state, file, keep)
+        checkpoint.save(state, file, self.files.previous if file == self.files.checkpoint else None)
