@@ -70,24 +70,25 @@ class CollapsedLayer(torch.autograd.Function):
                 y = u if y is None else y.add_(u)
         mu, sigma = statistics(y, bn, copies=neuron.timesteps if static else 1)
         scale, shift = scale_and_shift(mu, sigma, gamma, beta)
-        spikes, moments = neuron.simulate(y, static, scale, shift, dtype, needed)
-        if not needed:
-            return spikes, None, None
-        y_mean, y_repr, mean, representation = moments
         ctx.neuron, ctx.frozen, ctx.branches = neuron, bn is None or not bn.training, []
         ctx.bn, ctx.affine = bn, gamma is not None
-        saved = [scale, mu, sigma, y_mean, y_repr, *neuron.clamp_zones(torch.addcmul(shift, y_repr, scale))]
-        for k, ((linear, inner, train), sequence) in enumerate(zip(branches, own)):
+        of_branches = []
+        for k, ((linear, inner, train), sequence) in enumerate(zip(branches, own) if needed else ()):
             exact = not static and not (rate_only and isinstance(linear, nn.Conv2d))
             exact = exact and ctx.needs_input_grad[10 + 5 * k]
             Q = corr_T(linear, train, y) if exact and not ctx.frozen else None
-            saved += [affine(linear)[0], train.mean, train.amplitude, Q]
+            of_branches += [affine(linear)[0], train.mean, train.amplitude, Q]
             if inner is not None:
                 y_d, *normalization = sequence
                 Q_d = corr_T(linear, train, y_d) if exact and inner.training else None
-                saved += [*normalization, *neuron.moments(y_d), Q_d, per_channel(y * y_d)]
+                of_branches += [*normalization, *neuron.moments(y_d), Q_d, per_channel(y * y_d)]
             ctx.branches.append((linear, inner, inner is not None and not inner.training))
-        ctx.save_for_backward(*saved)
+        spikes, moments = neuron.simulate(y, static, scale, shift, dtype, needed)  # perhaps in y's place
+        if not needed:
+            return spikes, None, None
+        y_mean, y_repr, mean, representation = moments
+        zones = neuron.clamp_zones(torch.addcmul(shift, y_repr, scale))
+        ctx.save_for_backward(scale, mu, sigma, y_mean, y_repr, *zones, *of_branches)
         ctx.mark_non_differentiable(spikes, mean)
         ctx.set_materialize_grads(False)  # they would be zeros of the size of the spikes
         return spikes, mean, representation
@@ -137,13 +138,11 @@ class CollapsedLayer(torch.autograd.Function):
 def split(linear):
     """A branch's map as (linear map, its own batch norm or None). TypeError for a map of another kind."""
     linear, inner = linear if isinstance(linear, nn.Sequential) else (linear, None)
-    if (
-        not isinstance(linear, (nn.Conv2d, nn.Linear, nn.Identity))
-        or getattr(linear, "padding_mode", "zeros") != "zeros"
-    ):
-        raise TypeError(
-            f"no collapsed layer for {linear}: Conv2d padded with zeros, Linear or Identity; else `map`"
-        )
+    known = isinstance(linear, (nn.Conv2d, nn.Linear, nn.Identity))
+    by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
+    if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
+        allowed = "Conv2d padded by a number of zeros, Linear or Identity"
+        raise TypeError(f"no collapsed layer for {linear}: {allowed}; else `map`")
     return linear, inner
 
 
@@ -185,7 +184,29 @@ def corr(linear, weight, x, grad):
     if linear.kernel_size == (1, 1) and linear.padding == (0, 0):
         # Only these pixels count. Given all of less than 8 channels, oneDNN on AVX2 corrupts the memory.
         x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
+    if prefers_patches(linear, x):
+        return corr_of_patches(linear, x, grad, stride)
     return conv_backward(linear, weight, x, grad, [False, True, False], stride)[1]
+
+
+def prefers_patches(conv, x):
+    """With AVX2 and no AVX-512, products of matrices beat oneDNN's kernel, unless they are small."""
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and x.dtype.itemsize >= 4
+    if not plain or conv.weight.numel() < 2**15 or x.device.type != "cpu":
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def corr_of_patches(conv, x, grad, stride):
+    """`corr` of a convolution as a product of matrices, some images at a time."""
+    (height, width), (above, left) = conv.kernel_size, conv.padding
+    Q = x.new_zeros(height * width * x.shape[1], grad.shape[1])
+    some = max(1, 2**21 // (len(Q) * grad[0, 0].numel()))  # patches of 8 MB, which a cache may hold
+    for images, grads in zip(x.split(some), grad.split(some)):
+        padded = F.pad(images.movedim(1, -1), (0, 0, left, left, above, above))
+        patches = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1]).movedim(3, -1)
+        Q.addmm_(patches.reshape(-1, len(Q)).t(), grads.movedim(1, -1).reshape(-1, grad.shape[1]))
+    return Q.view(height, width, x.shape[1], -1).permute(3, 2, 0, 1)
 
 
 def transpose(linear, weight, grad, like):

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
     """The dynamics: U = lam*V + scale*y_t + shift; s_t = 1 where U >= firing_point, else 0; V = U - Vth*s_t.
 
-    steps: the y_t, T tensors (B, ...), or one for all; spikes: T tensors of that shape to write the s_t to.
+    steps: the y_t, T tensors (B, ...), or one for all; spikes: T tensors of that shape to write the s_t to,
+    which may be the y_t.
     Returns for every w of `weights`, T numbers each, the pair (sum_t w_t*y_t, sum_t w_t*s_t).
     """
     potential = torch.zeros_like(spikes[0], dtype=scale.dtype)
@@ -22,12 +23,13 @@ def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
     for t, spike in enumerate(spikes):
         y = steps[t % len(steps)]
         torch.add(torch.addcmul(shift, y, scale), potential, alpha=lam, out=potential)
+        for w, (y_sum, _) in zip(weights, sums):
+            y_sum.add_(y, alpha=w[t])
         fired = torch.ge(potential, firing_point, out=spike if spike.dtype == potential.dtype else buffer)
         potential.addcmul_(fired, Vth, value=-1)
         if fired is not spike:
             spike.copy_(fired)
-        for w, (y_sum, spike_sum) in zip(weights, sums):
-            y_sum.add_(y, alpha=w[t])
+        for w, (_, spike_sum) in zip(weights, sums):
             spike_sum.add_(fired, alpha=w[t])
     return sums
 

@@ -64,23 +64,26 @@ class Neuron(nn.Module):
     def simulate(self, y, static, scale, shift, dtype, needed):
         """The spikes, 0 and 1 in `dtype`, (T*B, ...), that the currents scale*y + shift give; and moments.
 
-        y: (T*B, ...), or if `static` (B, ...) for every step. The moments, if needed, are the time mean and
-        the representation of y and the same of the output, amplitude included, each (B, ...).
+        y: (T*B, ...), or if `static` (B, ...) for every step; the spikes overwrite it where they fit. The
+        moments, if needed, are the time mean and the representation of y and the same of the output,
+        amplitude included, each (B, ...).
         """
         if y.dim() not in (2, 4):
             raise ValueError(f"collapsed layers take (T*B, C) or (T*B, C, H, W), not {y.dim()} dimensions")
         T, layout = self.timesteps, torch.channels_last if y.dim() == 4 else torch.contiguous_format
-        shape = T * len(y) if static else len(y), *y.shape[1:]
-        spikes = torch.empty(shape, dtype=dtype, device=y.device, memory_format=layout)
 
         def rows(x, T):  # the loop sees T matrices of neurons by channels, whatever the layer's shape
             return x.movedim(1, -1).reshape(T, -1, x.shape[1]).unbind(0)
 
+        spikes, steps = y, rows(y, 1 if static else T)
+        if static or y.dtype != dtype or not y.is_contiguous(memory_format=layout):
+            shape = T * len(y) if static else len(y), *y.shape[1:]
+            spikes = torch.empty(shape, dtype=dtype, device=y.device, memory_format=layout)
         lam, kappa = self.leak
         scale, shift = (kappa * v.flatten().expand(y.shape[1]) for v in (scale, shift))
         settings = self.Vth, self.alpha * self.Vth, lam, scale, shift
         weights = [[1.0] * T] + ([self.weights] if self.weights else []) if needed else []
-        sums = self.loop(rows(y, 1 if static else T), rows(spikes, T), *settings, weights)
+        sums = self.loop(steps, steps if spikes is y else rows(spikes, T), *settings, weights)
         if self.observer is not None:
             self.observer(spikes)
         if not needed:

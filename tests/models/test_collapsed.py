@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import IFNeuron, LIFNeuron, create_model
+from models import IFNeuron, LIFNeuron, collapsed, create_model
 from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
 from models.preresnet_imagenet import ImageNetPreActResNet, basic
 from utils.statistics import count_spikes, firing_rates
@@ -197,6 +197,22 @@ def test_two_forward_passes_before_one_backward(float64):
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-11 * grads[0].norm().item())
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "groups", "dilation"),
+    [(3, 1, 1, 1, 1), (3, 2, 1, 1, 1), (1, 2, 0, 1, 1), (7, 2, 3, 1, 1), (3, 1, 1, 2, 1), (3, 1, 2, 1, 2)]
+    + [((3, 5), (2, 1), (0, 2), 1, 1)],
+)
+def test_gradient_of_a_convolutions_weight(kernel, stride, padding, groups, dilation, float64):
+    conv = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups)
+    x = torch.rand(300, 4, 17, 14).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(conv(x))
+    expected = nn.grad.conv2d_weight(x, conv.weight.shape, grad, stride, padding, dilation, groups)
+    close = dict(rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(collapsed.corr(conv, conv.weight, x, grad), expected, **close)
+    if groups == dilation == 1:  # as on CPUs with AVX2 and no AVX-512
+        torch.testing.assert_close(collapsed.corr_of_patches(conv, x, grad, conv.stride), expected, **close)
+
+
 def test_frozen_weights_get_no_gradient(float64):
     model, x = Net("if", 3), torch.randn(2, 3, 8, 8)
     model.conv1.requires_grad_(False)
@@ -335,6 +351,7 @@ def test_what_a_collapsed_layer_cannot_take_is_refused():
     model.backward = "collapsed"
     for break_it, error in (
         (lambda net: setattr(net, "conv1", nn.Conv2d(4, 6, 3, 2, 1, padding_mode="circular")), TypeError),
+        (lambda net: setattr(net, "conv1", nn.Conv2d(4, 6, 3, padding="same")), TypeError),
         (lambda net: setattr(net, "hidden", nn.ReLU()), TypeError),
         (lambda net: setattr(net, "stem", nn.Sequential(net.stem, nn.BatchNorm2d(4))), ValueError),
         (lambda net: setattr(net, "bn1", nn.BatchNorm2d(6, momentum=None)), ValueError),
