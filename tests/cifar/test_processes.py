@@ -75,7 +75,7 @@ def train(kind, backward, frozen):
     settings = dict(Vth=1.0, alpha=0.2) if kind == "if" else dict(Vth=0.3, alpha=0.3, delta_t=0.2)
     activation = activation_factory(kind, dict(settings, timesteps=2))
     model = PreActResNet(
-        BasicBlock, [1, 1, 1], [16, 32, 64], activation=activation, num_classes=5, dropout=0.0
+        BasicBlock, [1, 1, 1], [8, 12, 16], activation=activation, num_classes=5, dropout=0.0
     )
     model.backward = backward
     for parameter in model.parameters():  # else the currents of silent channels are 0, the end of the clamp
