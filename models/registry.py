@@ -82,10 +82,10 @@ def create_model(
 
     Every name takes every setting and ignores those that do not apply (an ANN all that concern neurons). None
     stands for the default of the name's program; dropout: 0, VGG 0.1; Vth_grad_scale: 1, and 0.001 for
-    `preresnet_snn.*_if`. backward:
-    "collapsed" (exact, see `collapsed`), "unrolled" (the same, literally) or "rate" (an approximation).
-    dropout_mask: "step", as published, under which training unrolls time, or "shared" by all time steps.
-    Raises ValueError for an unknown name, backward pass or mask, or for settings out of range.
+    `preresnet_snn.*_if`. backward: "collapsed" (exact, see `collapsed`), "unrolled" (the same, literally) or
+    "rate" (an approximation). dropout_mask: "step", as published, under which training unrolls time, or
+    "shared" by all time steps. Raises ValueError for an unknown name, backward pass or mask, or for settings
+    out of range.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(list_models())}")

@@ -14,8 +14,7 @@ class UserError(Exception):
     """Something that the user can mend. The text is one line: what is wrong and what to do."""
 
     def __str__(self):
-        # A data loader's worker wraps the text of its exception into a traceback, of which the last line
-        # counts.
+        # A data loader's worker wraps its exception's text into a traceback, of which the last line counts.
         return super().__str__().strip().splitlines()[-1].removeprefix("utils.cli.UserError: ")
 
 

@@ -133,10 +133,7 @@ def digits(path):
     split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
     train_images, test_images, train_labels, test_labels = split
     finish = [transforms.ToTensor(), NORMALIZE["digits"]]
-    augment = [
-        transforms.RandomCrop(32, padding=4),
-        *finish,
-    ]  # a mirrored digit is another character: no flip
+    augment = [transforms.RandomCrop(32, padding=4), *finish]  # no flip: that makes another character
     return Data(Digits(train_images, train_labels, augment), Digits(test_images, test_labels, finish), 10)
 
 
@@ -196,8 +193,7 @@ def train_loader(dataset, *, batch_size, workers, seed, pin_memory):
 
     Of each `batch_size` samples in this order every process gets its share.
     """
-    # The sampler adds epoch to its seed: far apart seeds keep runs with neighbouring seeds from sharing
-    # orders.
+    # The sampler adds the epoch to its seed: runs with neighbouring seeds must not share orders.
     sampler = EpochSampler(dataset, num_replicas=world_size(), rank=rank(), seed=mix_seed(seed) >> 1)
     share = batch_size // world_size()
     return loader(SeededDataset(dataset, seed), share, workers, pin_memory, sampler=sampler)
