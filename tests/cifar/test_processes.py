@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from models.preresnet import BasicBlock, PreActResNet
 from models.registry import activation_factory
 from models.synchronized import synchronize
 from tests import chaos
-from tests.forks import ended, free_port, side_by_side, torchrun
+from tests.forks import ended, fork, free_port, side_by_side, torchrun
 from utils import distributed
 from utils.cli import run_program
 from utils.data import test_loader as make_loader
@@ -30,8 +31,6 @@ from utils.training import evaluate
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "cifar" / "main_multiple_gpus.py")
-LAUNCH = [sys.executable, "-m", "torch.distributed.launch"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SMALL = "--model preresnet.resnet20_lif --timesteps 2 --Vth 0.3 --alpha 0.3 --delta_t 0.2 --device cpu"
 SMALL = f"{SMALL} --epochs 2 --warmup 2 --manualSeed 1 --workers 0 --test-batch 2 --train-batch 4".split()
 STEM = "preresnet.resnet20_lif"
@@ -41,12 +40,28 @@ def environment():
     return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
-def launch(launcher, n, *command):
-    """Run the command in n processes, as a user types it. -> what was printed"""
-    start = [*launcher, "--nproc_per_node", str(n), "--master_port", str(free_port()), *command]
-    ended = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment())
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+def launch(n, argv, _folder):
+    """`python -m torch.distributed.launch` as a user types it, with n processes. -> what was printed"""
+    start = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", str(n)]
+    start += ["--master_port", str(free_port()), PROGRAM, *argv]
+    finished = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment())
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def script(argv):
+    """The script, as Python runs it."""
+    sys.argv = [PROGRAM, *argv]
+    runpy.run_path(PROGRAM, run_name="__main__")
+
+
+def torchrun_script(n, argv, folder):
+    """torchrun with n processes that run the script. -> what was printed"""
+    flags = ["--nproc_per_node", str(n), "--master_port", str(free_port())]
+    status = ended(torchrun(flags, partial(script, argv), folder / "printed"), 300)
+    printed = (folder / "printed").read_text()
+    assert status == 0, printed
+    return printed
 
 
 def program(argv, lr=0.05, processes=True):
@@ -121,9 +136,9 @@ def test_n_processes_compute_what_one_does(float64, tmp_path):
                 torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-12, msg=message)
 
 
-@pytest.mark.parametrize(("launcher", "n"), [(LAUNCH, 2), (TORCHRUN, 4)])
-def test_a_run_of_several_processes(launcher, n, data, tmp_path, capfd):
-    printed = launch(launcher, n, PROGRAM, *data, *SMALL, "-c", str(tmp_path))
+@pytest.mark.parametrize(("start", "n"), [(launch, 2), (torchrun_script, 4)])
+def test_a_run_of_several_processes(start, n, data, tmp_path, capfd):
+    printed = start(n, [*data, *SMALL, "-c", str(tmp_path)], tmp_path)
     assert printed.count("epoch 2/2: loss") == 1 and printed.count("data: ") == 1
     log = (tmp_path / "imagefolder" / f"{STEM}.txt").read_text().splitlines()
     assert len(log) == 3
@@ -235,7 +250,7 @@ def test_processes_with_different_arguments(data, tmp_path):
 
 
 def test_a_plain_start_is_a_run_of_one_process(data, tmp_path):
-    command = [sys.executable, PROGRAM, *data, *SMALL, "-c", str(tmp_path), "--epochs", "1", "--sync_bn"]
-    subprocess.run(command, check=True, env=environment(), capture_output=True)
+    argv = [*data, *SMALL, "-c", str(tmp_path), "--epochs", "1", "--sync_bn"]
+    assert ended(fork(partial(script, argv), tmp_path / "printed"), 100) == 0
     arguments = json.loads((tmp_path / "imagefolder" / f"{STEM}.json").read_text())
     assert arguments["lr"] == 0.05 and load(tmp_path)["epoch"] == 1
