@@ -4,7 +4,9 @@ from pathlib import Path
 
 from cifar.presets import PRESETS
 from models import create_model, list_models
-from models.registry import BACKWARDS, CIFAR_SETTINGS
+from models.engines import ENGINES
+from models.layers import BACKWARDS
+from models.registry import CIFAR_SETTINGS
 from utils import distributed
 from utils.cli import Parser, UserError, choose_device, number
 from utils.data import DATASETS, EVENT_DATASETS, load_data
@@ -28,7 +30,7 @@ def get_parser(description, lr, processes=False):
     add("--manualSeed", type=seed, help="seed of everything random; drawn and recorded if not given")
     neurons = {name: value for name, value in CIFAR_SETTINGS.items() if name != "num_classes"}
     training = dict(epochs=200, lr=lr, warmup=400, weight_decay=5e-4, optimizer="SGD")
-    add_flags(parser, BACKWARDS, **neurons, **training)
+    add_flags(parser, BACKWARDS, ENGINES, **neurons, **training)
     if processes:
         add("--local_rank", "--local-rank", type=int, help="set by the launcher")
     return parser

@@ -24,7 +24,9 @@ from torch.utils.data import Subset  # noqa: E402
 
 from imagenet.presets import PRESETS  # noqa: E402
 from models import create_model, list_models  # noqa: E402
-from models.registry import BACKWARDS, IMAGENET_SETTINGS  # noqa: E402
+from models.engines import ENGINES  # noqa: E402
+from models.layers import BACKWARDS  # noqa: E402
+from models.registry import IMAGENET_SETTINGS  # noqa: E402
 from utils import checkpoint, distributed  # noqa: E402
 from utils.calibration import calibrate, load_thresholds  # noqa: E402
 from utils.cli import Parser, UserError, choose_device, number, run_program  # noqa: E402
@@ -76,7 +78,7 @@ def get_parser():
     neurons = {name: value for name, value in IMAGENET_SETTINGS.items() if name != "num_classes"}
     training = dict(epochs=90, lr=0.001, warmup=5000, weight_decay=0.0, optimizer="adam", save_every=1000)
     training.update(print_freq=1000, warmup_within_first_epoch=True)
-    add_flags(parser, BACKWARDS, **neurons, **training)
+    add_flags(parser, BACKWARDS, ENGINES, **neurons, **training)
     return parser
 
 

@@ -10,259 +10,397 @@ of its own shape, which the forward pass computes. The layer, with k counting it
 With g the gradient at every o_t, G = gain*g where the clamp passes the representation of z, else 0,
 a = gamma/sigma, and m1, m2 the means of G and of G*mean_t(yhat) over batch and space, batch norm gives
 
-    dL/dy_t = a*(G - m1 - m2*yhat_t) = A + c*y_t    with c = -a*m2/sigma, A = a*(G - m1 + m2*mu/sigma)
+    dL/dy_t = A + c*y_t    with c = -a*m2/sigma,  A = a*G + d,  d = a*(m2*mu/sigma - m1)
 
 a constant plus a multiple of a sequence that the forward pass knew. With corr(s, y) the gradient of a linear
 map's weight for input s and output gradient y, and m^k the time mean of s^k, it follows that
 
     dL/dW_k = T*corr(m^k, A) + c*Q_k,    Q_k = sum_t corr(s^k_t, y_t)
 
-and the layer below receives L_k^T(A + c*repr(y)). A batch norm inside a branch (ImageNet's `downsample`) adds
-a term of its own sequence to A + c*y_t. Eval-mode batch norm: m1 = m2 = 0. Without Q this is an
+and the layer below receives L_k^T(A + c*repr(y)). Eval-mode batch norm: m1 = m2 = 0. Without Q this is an
 approximation: dL/dW_k = T*corr(m^k, A + c*mean_t(y)), the rate-based gradient.
+
+A batch norm inside a branch (ImageNet's `downsample`), y_t = ... + gamma_d*yhat^d_t + beta_d with
+y^d_t = L_d(s_t), makes the branch a linear map of the weight a_d*W_d, a_d = gamma_d/sigma_d: so the forward
+pass folds it. Backward, it turns A + c*y_t into a constant plus multiples of two sequences,
+
+    dL/dy^d_t = A_d + a_d*c*y_t + c_d*y^d_t    with c_d = -a_d*m2_d/sigma_d,
+                                                    A_d = a_d*(A + m2_d*mu_d/sigma_d - m1_d)
+
+m1_d and m2_d are the means of A + c*y_t and of (A + c*y_t)*yhat^d_t over time, batch and space. The latter
+needs sum_t y_t*y^d_t, per channel: that is the inner product of W_d and Q.
+
+Who computes y_t, its statistics, Q and the spikes is the engine's affair (`models.engines`).
 """
 
+from dataclasses import dataclass, field, is_dataclass
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from models.engines.interface import Branch, affine
+from models.functional import Clamp, along_channels
 from models.synchronized import SynchronizedBatchNorm, total, track
 
 
-def collapsed_layer(branches, bn, neuron, rate_only):
-    """-> spikes of 0 and 1, (T*B, ...), and under autograd their time mean and representation, (B, ...).
+class PerBranch(NamedTuple):
+    """What autograd sees of a branch; in the backward pass, the gradients in the same places."""
+
+    representation: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None  # of the batch norm inside the branch
+    beta: torch.Tensor | None = None
+
+
+@dataclass
+class Norm:
+    """A batch norm at work: its statistics, and z = a*y + shift. `frozen`: they are not of this batch."""
+
+    mu: torch.Tensor
+    sigma: torch.Tensor
+    a: torch.Tensor
+    shift: torch.Tensor
+    local_mean: torch.Tensor  # of this process
+    module: nn.Module | None
+    frozen: bool
+
+
+@dataclass
+class InnerRecord:
+    """What the backward pass needs of the batch norm inside a branch."""
+
+    norm: Norm
+    y_mean: torch.Tensor
+    y_repr: torch.Tensor
+    cross: torch.Tensor  # sum over time, batch and space of y*y^d, per channel
+    Q: torch.Tensor | None
+
+
+@dataclass
+class BranchRecord:
+    """What the backward pass needs of a branch."""
+
+    linear: nn.Module
+    weight: torch.Tensor | None
+    mean: torch.Tensor
+    Q: torch.Tensor | None
+    inner: InnerRecord | None
+
+
+@dataclass
+class Record:
+    """What the backward pass needs of a layer: tensors of one step, or of a weight's shape."""
+
+    norm: Norm
+    clamp: Clamp
+    y_mean: torch.Tensor
+    branches: list = field(default_factory=list)
+
+
+@dataclass
+class Layer:
+    """A spiking layer to be run once: its parts, how, and, after the forward pass, its `spikes`."""
+
+    branches: list  # of (linear map, batch norm of its own or None, spike train)
+    bn: nn.Module | None
+    neuron: nn.Module
+    engine: object
+    rate_only: bool
+    dtype: torch.dtype  # of spikes as tensors, and of the convolutions that take them
+    needed: bool  # will there be a backward pass
+    spikes: object = None
+
+    @property
+    def static(self):
+        return self.branches[0][-1].static
+
+
+def collapsed_layer(branches, bn, neuron):
+    """-> the spikes of the engine, and under autograd their time mean and representation, (B, ...).
 
     Under autocast the spikes, and the convolutions that take them, are of its type; all else stays.
     """
     neuron.project_threshold()
-    branches = [(*split(linear), train) for linear, train in branches]
-    inputs = []
-    for linear, inner, train in branches:
-        if inner is not None and train.static:
-            raise ValueError("a branch on the image itself cannot have a batch norm of its own")
-        inputs += [train.representation, *affine(linear), *affine(inner)]
+    first = branches[0][1]
+    branches = [(*split(linear, train.static), train) for linear, train in branches]
+    inputs = [
+        PerBranch(train.representation, *affine(linear), *affine(inner)) for linear, inner, train in branches
+    ]
     device, dtype = neuron.Vth.device.type, neuron.Vth.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    layer = Layer(
+        branches,
+        bn,
+        neuron,
+        first.engine,
+        rate_only=first.backward == "rate",
+        dtype=dtype,
+        needed=torch.is_grad_enabled(),
+    )
     with torch.autocast(device, enabled=False):
-        settings = branches, bn, neuron, rate_only, dtype, torch.is_grad_enabled()
-        return CollapsedLayer.apply(*settings, neuron.Vth, *affine(bn), *inputs)
+        flat = [tensor for of_branch in inputs for tensor in of_branch]
+        mean, representation = CollapsedLayer.apply(layer, neuron.Vth, *affine(bn), *flat)
+    return layer.spikes, mean, representation
 
 
 class CollapsedLayer(torch.autograd.Function):
-    """The algebra above, with its names; `inner` and the index d belong to the batch norm of a branch."""
+    """The algebra above, with its names; the index d belongs to the batch norm inside a branch."""
 
     @staticmethod
-    def forward(ctx, branches, bn, neuron, rate_only, dtype, needed, Vth, gamma, beta, *inputs):
-        static = branches[0][-1].static
-        y, own = None, []
-        for linear, inner, train in branches:
-            if inner is None:
-                y = charge(y, linear, train)
-                own.append(None)
-            else:
-                y_d = charge(None, linear, train).to(Vth.dtype)
-                mu_d, sigma_d = statistics(y_d, inner)
-                scale_d, shift_d = scale_and_shift(mu_d, sigma_d, *affine(inner))
-                own.append((y_d, scale_d, mu_d, sigma_d))
-                u = torch.addcmul(shift_d, y_d, scale_d)
-                y = u if y is None else y.add_(u)
-        mu, sigma = statistics(y, bn, copies=neuron.timesteps if static else 1)
-        scale, shift = scale_and_shift(mu, sigma, gamma, beta)
-        ctx.neuron, ctx.frozen, ctx.branches = neuron, bn is None or not bn.training, []
-        ctx.bn, ctx.affine = bn, gamma is not None
-        of_branches = []
-        for k, ((linear, inner, train), sequence) in enumerate(zip(branches, own) if needed else ()):
-            exact = not static and not (rate_only and isinstance(linear, nn.Conv2d))
-            exact = exact and ctx.needs_input_grad[10 + 5 * k]
-            Q = corr_T(linear, train, y) if exact and not ctx.frozen else None
-            of_branches += [affine(linear)[0], train.mean, train.amplitude, Q]
-            if inner is not None:
-                y_d, *normalization = sequence
-                Q_d = corr_T(linear, train, y_d) if exact and inner.training else None
-                of_branches += [*normalization, *neuron.moments(y_d), Q_d, per_channel(y * y_d)]
-            ctx.branches.append((linear, inner, inner is not None and not inner.training))
-        spikes, moments = neuron.simulate(y, static, scale, shift, dtype, needed)  # perhaps in y's place
-        if not needed:
-            return spikes, None, None
-        y_mean, y_repr, mean, representation = moments
-        zones = neuron.clamp_zones(torch.addcmul(shift, y_repr, scale))
-        ctx.save_for_backward(scale, mu, sigma, y_mean, y_repr, *zones, *of_branches)
-        ctx.mark_non_differentiable(spikes, mean)
-        ctx.set_materialize_grads(False)  # they would be zeros of the size of the spikes
-        return spikes, mean, representation
+    def forward(ctx, layer, Vth, gamma, beta, *inputs):
+        inputs, needs = per_branch(inputs), per_branch(ctx.needs_input_grad[4:])
+        neuron, engine = layer.neuron, layer.engine
+        frozen = layer.bn is None or not layer.bn.training
+        inner = [inner_norm(layer, *branch, need) for branch, need in zip(layer.branches, needs)]
+        folded = [
+            Branch(linear, *fold(x, own and own.norm), train)
+            for (linear, _, train), x, own in zip(layer.branches, inputs, inner)
+        ]
+        currents = engine.currents(folded, neuron, layer.dtype)
+        wanted = [
+            not frozen and (own is not None or wants_Q(layer, branch.linear, need))
+            for branch, own, need in zip(folded, inner, needs)
+        ]
+        seen = None if frozen else currents.observe(wanted if layer.needed else [False] * len(wanted))
+        norm = normalization(layer.bn, seen, gamma, beta, like=Vth)
+        layer.spikes, moments = currents.fire(norm.a, norm.shift, layer.needed)
+        neuron.report_spikes(layer.spikes)
+        if not layer.needed:
+            return None, None
+        clamp = Clamp(
+            moments.y_repr, norm.a, norm.shift, neuron.ceiling.detach().clone(), neuron.closed, neuron.gain
+        )
+        record = Record(norm, clamp, moments.y_mean)
+        Qs = seen.Qs if seen else [None] * len(folded)
+        for branch, x, own, Q, need in zip(folded, inputs, inner, Qs, needs):
+            if own is not None and Q is not None:
+                own.cross = cross_sum(x, engine.unpacked(Q, x.weight.shape), moments.y_mean, neuron.timesteps)
+                Q = Q if wants_Q(layer, branch.linear, need) else None
+            record.branches.append(BranchRecord(branch.linear, x.weight, branch.train.mean, Q, own))
+        ctx.neuron, ctx.engine, ctx.affine = neuron, engine, gamma is not None
+        stow(ctx, record)
+        ctx.mark_non_differentiable(moments.mean)
+        ctx.set_materialize_grads(False)
+        return moments.mean, moments.representation
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _spikes, _mean, g):
-        neuron, T, saved = ctx.neuron, ctx.neuron.timesteps, iter(ctx.saved_tensors)
-        a, mu, sigma, y_mean, y_repr, inside, above = (next(saved) for _ in range(7))
-        grad_Vth = neuron.Vth_gain * (g * above).sum() if ctx.needs_input_grad[6] else None
-        G = g * inside * neuron.gain
-        n = G.numel() // G.shape[1]
-        S1, S2 = per_channel(G), per_channel(G * (y_mean - mu) / sigma)
-        m1, m2 = means(S1, S2, n, ctx.bn, ctx.frozen)
-        A, c = a * (G - m1 + m2 * mu / sigma), -a * m2 / sigma
+    def backward(ctx, _mean, g):
+        record, neuron, engine, T = unstow(ctx), ctx.neuron, ctx.engine, ctx.neuron.timesteps
+        norm, n = record.norm, g.numel() // g.shape[1]
+        clamped = engine.clamped(record.clamp, g)
+        S1, S2, above = clamped.sums(record.y_mean, norm.mu)
+        S2 = S2 / norm.sigma
+        m1, m2 = means(S1, S2, n, norm)
+        c, d = -norm.a * m2 / norm.sigma, norm.a * (m2 * norm.mu / norm.sigma - m1)
+        of_biases = T * (norm.a * S1 + n * (d + c * norm.local_mean))
+        layer = LayerGradient(engine, record, clamped, c, d, T, of_biases)
         grads = []
-        for k, (linear, inner, frozen_d) in enumerate(ctx.branches):
-            weight, mean, amplitude, Q = (next(saved) for _ in range(4))
-            # The gradient at step t is A_k + sum_j c_j*x^j_t; `terms` holds c_j and x^j's mean, repr and Q.
-            A_k, terms, grad_inner = A, [(c, y_mean, y_repr, Q)], (None, None)
-            if inner is not None:
-                a_d, mu_d, sigma_d, d_mean, d_repr, Q_d, cross = (next(saved) for _ in range(7))
-                S1_d = T * per_channel(A + c * y_mean)
-                S2_d = T * per_channel(A * (d_mean - mu_d)) + c * (cross - T * mu_d * per_channel(y_mean))
-                S2_d = S2_d / sigma_d
-                m1_d, m2_d = means(S1_d, S2_d, T * n, inner, frozen_d)
-                A_k = a_d * (A - m1_d + m2_d * mu_d / sigma_d)
-                terms = [(a_d * c, y_mean, y_repr, Q), (-a_d * m2_d / sigma_d, d_mean, d_repr, Q_d)]
-                if inner.affine:
-                    grad_inner = S2_d.flatten(), S1_d.flatten()
-            grad_repr = grad_weight = grad_bias = None
-            if ctx.needs_input_grad[9 + 5 * k]:
-                grad_repr = transpose(linear, weight, A_k + sum(c_j * x for c_j, _, x, _ in terms), mean)
-            if ctx.needs_input_grad[10 + 5 * k]:
-                constant = A_k + sum(c_j * x for c_j, x, _, Q_j in terms if Q_j is None)
-                grad_weight = corr(linear, weight, mean, T * constant)
-                for c_j, Q_j in [(c_j, Q_j) for c_j, _, _, Q_j in terms if Q_j is not None]:
-                    c_j = c_j if amplitude is None else amplitude * c_j
-                    grad_weight.addcmul_(c_j.view(-1, *[1] * (Q_j.dim() - 1)), Q_j)
-            if ctx.needs_input_grad[11 + 5 * k]:
-                grad_bias = T * per_channel(A_k + sum(c_j * x for c_j, x, _, _ in terms)).flatten()
-            grads += [grad_repr, grad_weight, grad_bias, *grad_inner]
-        grad_affine = (T * S2.flatten(), T * S1.flatten()) if ctx.affine else (None, None)
-        return None, None, None, None, None, None, grad_Vth, *grad_affine, *grads
+        for branch, need in zip(record.branches, per_branch(ctx.needs_input_grad[4:])):
+            own = branch.inner is not None
+            grads += behind_inner_norm(layer, branch, need) if own else layer.of_branch(branch, need)
+        grad_Vth = neuron.Vth_gain * above if ctx.needs_input_grad[1] else None
+        grad_affine = (T * S2, T * S1) if ctx.affine else (None, None)
+        return None, grad_Vth, *grad_affine, *grads
 
 
-def split(linear):
+@dataclass
+class LayerGradient:
+    """dL/dy_t = A + c*y_t with A = a*G + d, and its `sum` over time, batch and space, per channel."""
+
+    engine: object
+    record: Record
+    clamped: object  # by which the engine knows G
+    c: torch.Tensor
+    d: torch.Tensor
+    T: int
+    sum: torch.Tensor
+
+    def at(self, sequence, times=1):
+        """times * (A + c*sequence), (B, ...); times * A without a sequence."""
+        a, d, c = (v if times == 1 else times * v for v in (self.record.norm.a, self.d, self.c))
+        return self.clamped.affine(a, d, c, sequence)
+
+    def of_branch(self, branch, need):
+        """The gradients of a branch without a batch norm of its own."""
+        grads, linear = {}, branch.linear
+        if need.representation:
+            grad = self.at(self.record.clamp.r)
+            grads["representation"] = transpose(self.engine, branch, grad)
+        if need.weight:
+            constant = self.at(self.record.y_mean if branch.Q is None else None, times=self.T)
+            Qs = [] if branch.Q is None else [(self.c, branch.Q)]
+            grads["weight"] = self.engine.weight_gradient(linear, branch.mean, constant, Qs)
+        if need.bias:
+            grads["bias"] = self.sum
+        return PerBranch(**grads)
+
+
+def behind_inner_norm(layer, branch, need):
+    """The gradients of a branch with a batch norm of its own: dL/dy^d_t = A_d + a_d*c*y_t + c_d*y^d_t."""
+    own, norm, engine, T, c = branch.inner, branch.inner.norm, layer.engine, layer.T, layer.c
+    y_mean, y_repr = layer.record.y_mean, layer.record.clamp.r
+    A, n = layer.at(None), y_mean.numel() // y_mean.shape[1]
+    S1 = layer.sum
+    S2 = per_channel(A * (own.y_mean - along_channels(norm.mu, A)))
+    S2 = (T * S2 + c * (own.cross - T * norm.mu * per_channel(y_mean))) / norm.sigma
+    m1, m2 = means(S1, S2, T * n, norm)
+    A_d = along_channels(norm.a, A) * A + along_channels(norm.a * (m2 * norm.mu / norm.sigma - m1), A)
+    c_y, c_d = norm.a * c, -norm.a * m2 / norm.sigma
+
+    def at(y, y_d):
+        return A_d + along_channels(c_y, A) * y + along_channels(c_d, A) * y_d
+
+    grads = {"gamma": S2, "beta": S1} if norm.module.affine else {}
+    if need.representation:
+        grads["representation"] = transpose(engine, branch, at(y_repr, own.y_repr))
+    if need.weight:
+        y = 0 if branch.Q is not None else y_mean
+        y_d = 0 if own.Q is not None else own.y_mean
+        Qs = [(c, Q) for c, Q in ((c_y, branch.Q), (c_d, own.Q)) if Q is not None]
+        grads["weight"] = engine.weight_gradient(branch.linear, branch.mean, T * at(y, y_d), Qs)
+    if need.bias:
+        grads["bias"] = T * per_channel(at(y_mean, own.y_mean))
+    return PerBranch(**grads)
+
+
+def inner_norm(layer, linear, inner, train, need):
+    """Let the batch norm inside a branch see the branch's own currents. -> InnerRecord, None without one."""
+    if inner is None:
+        return None
+    weight, bias = affine(linear)
+    seen = None
+    if inner.training:
+        currents = layer.engine.currents([Branch(linear, weight, bias, train)], layer.neuron, layer.dtype)
+        seen = currents.observe([layer.needed and wants_Q(layer, linear, need)])
+    norm = normalization(inner, seen, *affine(inner), like=layer.neuron.Vth)
+    if not layer.needed:
+        return InnerRecord(norm, None, None, None, None)
+    y_mean, y_repr = linear(train.mean), linear(train.representation)
+    cross = torch.zeros_like(norm.mu)  # matters only where c is not 0, and is computed there
+    return InnerRecord(norm, y_mean, y_repr, cross, seen and seen.Qs[0])
+
+
+def wants_Q(layer, linear, need):
+    """Whether the weight's gradient takes Q of a batch norm that trains, not its approximation."""
+    return need.weight and not layer.static and not (layer.rate_only and isinstance(linear, nn.Conv2d))
+
+
+def cross_sum(x, Q, y_mean, T):
+    """sum over time, batch and space of y*y^d per channel, y^d = W_d*s + b_d: the product of W_d and Q."""
+    cross = (x.weight * Q).flatten(1).sum(1)
+    return cross if x.bias is None else cross + x.bias * T * per_channel(y_mean)
+
+
+def fold(x, norm):
+    """A branch's weight and bias with the batch norm behind it folded in."""
+    if norm is None:
+        return x.weight, x.bias
+    weight = norm.a.view(-1, *[1] * (x.weight.dim() - 1)) * x.weight
+    return weight, norm.shift if x.bias is None else norm.a * x.bias + norm.shift
+
+
+def split(linear, static):
     """A branch's map as (linear map, its own batch norm or None). TypeError for a map of another kind."""
     linear, inner = linear if isinstance(linear, nn.Sequential) else (linear, None)
-    known = isinstance(linear, (nn.Conv2d, nn.Linear, nn.Identity))
+    known = isinstance(linear, (nn.Conv2d, nn.Linear) if inner else (nn.Conv2d, nn.Linear, nn.Identity))
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
     if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
         allowed = "Conv2d padded by a number of zeros, Linear or Identity"
         raise TypeError(f"no collapsed layer for {linear}: {allowed}; else `map`")
+    if inner is not None and static:
+        raise ValueError("a branch on the image itself cannot have a batch norm of its own")
     return linear, inner
 
 
-def affine(module):
-    return getattr(module, "weight", None), getattr(module, "bias", None)
-
-
-def charge(y, linear, train):
-    """y + L(s), in y's place; a convolution runs in the precision of the spikes. y may be None."""
-    spikes, amplitude = train.spikes, train.amplitude
-    weight, bias = affine(linear)
-    if weight is None:  # the identity
-        if y is None:
-            return train.values() if amplitude is not None else spikes.clone()
-        return y.add_(spikes) if amplitude is None else y.addcmul_(spikes, amplitude)
-    if amplitude is not None:
-        weight = weight * amplitude  # in place of the spikes, which stay 0 and 1
-    if isinstance(linear, nn.Linear):
-        current = F.linear(spikes.to(weight.dtype), weight, bias)
-    else:
-        bias = None if bias is None else bias.to(spikes.dtype)
-        geometry = linear.stride, linear.padding, linear.dilation, linear.groups
-        current = F.conv2d(spikes, weight.to(spikes.dtype), bias, *geometry)
-    return current if y is None else y.add_(current)
-
-
-def corr_T(linear, train, y):
-    """sum_t corr(s_t, y_t): Q, but for the amplitude of the spikes."""
-    dtype = train.spikes.dtype if isinstance(linear, nn.Conv2d) else linear.weight.dtype
-    like = torch.empty_like(linear.weight, dtype=dtype)  # only its shape counts
-    return corr(linear, like, train.spikes.to(dtype), y.to(dtype)).to(linear.weight.dtype)
-
-
-def corr(linear, weight, x, grad):
-    """The gradient of the weight for input x and output gradient `grad`."""
-    if isinstance(linear, nn.Linear):
-        return grad.t() @ x
-    stride = linear.stride
-    if linear.kernel_size == (1, 1) and linear.padding == (0, 0):
-        # Only these pixels count. Given all of less than 8 channels, oneDNN on AVX2 corrupts the memory.
-        x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
-    if prefers_patches(linear, x):
-        return corr_of_patches(linear, x, grad, stride)
-    return conv_backward(linear, weight, x, grad, [False, True, False], stride)[1]
-
-
-def prefers_patches(conv, x):
-    """With AVX2 and no AVX-512, products of matrices beat oneDNN's kernel, unless they are small."""
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and x.dtype.itemsize >= 4
-    if not plain or conv.weight.numel() < 2**15 or x.device.type != "cpu":
-        return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def corr_of_patches(conv, x, grad, stride):
-    """`corr` of a convolution as a product of matrices, some images at a time."""
-    (height, width), (above, left) = conv.kernel_size, conv.padding
-    Q = x.new_zeros(height * width * x.shape[1], grad.shape[1])
-    some = max(1, 2**21 // (len(Q) * grad[0, 0].numel()))  # patches of 8 MB, which a cache may hold
-    for images, grads in zip(x.split(some), grad.split(some)):
-        padded = F.pad(images.movedim(1, -1), (0, 0, left, left, above, above))
-        patches = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1]).movedim(3, -1)
-        Q.addmm_(patches.reshape(-1, len(Q)).t(), grads.movedim(1, -1).reshape(-1, grad.shape[1]))
-    return Q.view(height, width, x.shape[1], -1).permute(3, 2, 0, 1)
-
-
-def transpose(linear, weight, grad, like):
-    """L^T(grad): the gradient of the input, whose shape is that of `like`."""
-    if weight is None:
-        return grad
-    if isinstance(linear, nn.Linear):
-        return grad @ weight
-    return conv_backward(linear, weight, like, grad, [True, False, False], linear.stride)[0]
-
-
-def conv_backward(conv, weight, x, grad, mask, stride):
-    geometry = stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
-
-
-def per_channel(x):
-    """Sum over all but the channels, shaped to be broadcast against x."""
-    return x.sum([0, *range(2, x.dim())]).view(-1, *[1] * (x.dim() - 2))
-
-
-def means(S1, S2, n, bn, frozen):
-    """The sums over n elements as means, over all processes if synchronized; 0 for a frozen batch norm."""
-    if frozen:
-        return 0 * S1, 0 * S2
-    if not isinstance(bn, SynchronizedBatchNorm):
-        return S1 / n, S2 / n
-    S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))
-    return S1 / n, S2 / n
-
-
-def statistics(y, bn, copies=1):
-    """Mean and standard deviation over time, batch and space, per channel; keeps the running statistics.
-
-    `copies`: how many time steps the one given stands for (a static image's).
-    """
+def normalization(bn, seen, gamma, beta, like):
+    """A Norm from what was seen (None: eval mode); keeps the running statistics. `bn` None: z = y."""
     if bn is None:
-        dtype = y.dtype if y.dtype.itemsize >= 4 else torch.float32
-        return y.new_zeros((), dtype=dtype), y.new_ones((), dtype=dtype)
+        zero, one = torch.zeros_like(like).view(1), torch.ones_like(like).view(1)
+        return Norm(zero, one, one, zero, zero, None, frozen=True)
     if bn.running_mean is None or bn.momentum is None:
         raise ValueError(f"no collapsed layer with {bn}: it needs running statistics and a momentum")
-    mu, var = bn.running_mean, bn.running_var
-    if bn.training:
-        # Its own update would count a static image once; the clones give the statistics their precision.
-        mu, var = torch.batch_norm_update_stats(y, mu.clone(), var.clone(), 0.0)
-        n = copies * y.numel() // y.shape[1]
+    if seen is None:
+        mu, var = bn.running_mean.clone(), bn.running_var
+    else:
+        mu, var, n = seen.mean, seen.var, seen.n
         if n == 1:
             raise ValueError("batch norm cannot train on one value per channel")
         if isinstance(bn, SynchronizedBatchNorm):
             mu, var, n = bn.combine(mu, var, n)
         track(bn, mu, var, n)
-    shape = -1, *[1] * (y.dim() - 2)
-    return mu.view(shape), (var + bn.eps).sqrt().view(shape)
+    sigma = (var + bn.eps).sqrt()
+    a = 1 / sigma if gamma is None else gamma / sigma
+    shift = -mu * a if beta is None else beta - mu * a
+    return Norm(mu, sigma, a, shift, seen.mean if seen else mu, bn, frozen=seen is None)
 
 
-def scale_and_shift(mu, sigma, gamma, beta):
-    """A batch norm as one multiplication and one addition: z = scale*y + shift."""
-    scale = 1 / sigma if gamma is None else gamma.view(sigma.shape) / sigma
-    return scale, -mu * scale if beta is None else beta.view(mu.shape) - mu * scale
+def means(S1, S2, n, norm):
+    """The sums over n elements as means, over all processes if synchronized; 0 for a frozen batch norm."""
+    if norm.frozen:
+        return torch.zeros_like(S1), torch.zeros_like(S2)
+    if not isinstance(norm.module, SynchronizedBatchNorm):
+        return S1 / n, S2 / n
+    S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))
+    return S1 / n, S2 / n
+
+
+def transpose(engine, branch, grad):
+    """L^T(grad)."""
+    if branch.weight is None:
+        return grad
+    return engine.transpose(branch.linear, branch.weight, grad, like=branch.mean)
+
+
+def per_channel(x):
+    """Sum over all but the channels."""
+    return x.sum([0, *range(2, x.dim())])
+
+
+def per_branch(flat):
+    """A flat sequence, cut into PerBranch."""
+    size = len(PerBranch._fields)
+    return [PerBranch(*flat[i : i + size]) for i in range(0, len(flat), size)]
+
+
+@dataclass
+class Slot:
+    """Where a record's tensor was, while autograd keeps it."""
+
+    index: int
+
+
+def stow(ctx, record):
+    """Save a record for the backward pass, its tensors in autograd's keeping."""
+    tensors = []
+
+    def put(tensor):
+        tensors.append(tensor)
+        return Slot(len(tensors) - 1)
+
+    ctx.record = replaced(record, torch.Tensor, put)
+    ctx.save_for_backward(*tensors)
+
+
+def unstow(ctx):
+    """The record that was saved."""
+    tensors = ctx.saved_tensors
+    return replaced(ctx.record, Slot, lambda slot: tensors[slot.index])
+
+
+def replaced(record, kind, function):
+    """A copy of the record, and of those in it, with function(leaf) for each leaf of this kind."""
+    twin = object.__new__(type(record))
+    for name, value in vars(record).items():
+        if isinstance(value, kind):
+            value = function(value)
+        elif is_dataclass(value):
+            value = replaced(value, kind, function)
+        elif isinstance(value, list):
+            value = [replaced(item, kind, function) for item in value]
+        twin.__dict__[name] = value
+    return twin

@@ -5,6 +5,7 @@ The dynamics stand outside autograd, which only knows `DSR` (and the layers of `
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -70,6 +71,57 @@ def weighted_rate(sequence, weights):
     for weight, step in zip(weights[1:], sequence[1:]):
         representation = representation.add(step, alpha=weight)
     return representation
+
+
+@dataclass
+class Clamp:
+    """The map on representations, x -> clamp(gain*x, 0, gain*ceiling), at x = scale*r + shift (section 4).
+
+    Its derivative lets a gradient pass, times `gain`, where 0 <= x <= ceiling (`closed`), or 0 < x < ceiling.
+    scale and shift: one number a channel; r: (B, C, ...).
+    """
+
+    r: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    ceiling: torch.Tensor
+    closed: bool
+    gain: float
+
+    def zones(self):
+        """Where the clamp passes x, and where it cuts x off at the ceiling."""
+        x = torch.addcmul(along_channels(self.shift, self.r), self.r, along_channels(self.scale, self.r))
+        return clamp_zones(x, self.ceiling, self.closed)
+
+
+def clamp_zones(x, ceiling, closed):
+    above = x > ceiling
+    return ((x >= 0) & ~above if closed else (x > 0) & (x < ceiling)), above
+
+
+def along_channels(v, x):
+    """One number a channel (or one for all), shaped to be broadcast against x (N, C, ...)."""
+    return v.view(-1, *[1] * (x.dim() - 2))
+
+
+class Read(torch.autograd.Function):
+    """What a loss reads from a spike train, with the gradient in the convention of its representation.
+
+    The gradient at a train's representation is dL/do_t, the same for every step t. Who reads a weighted mean
+    y = sum_t v_t*o_t causes dL/do_t = v_t*dL/dy, of which the layer takes sum_t w_t*dL/do_t, with w_t the
+    weights of its representation: `gain` = sum_t w_t*v_t. For the representation itself that is sum_t w_t^2
+    (1/T for IF), for the time mean 1/T.
+    """
+
+    @staticmethod
+    def forward(ctx, y, representation, gain):
+        ctx.gain = gain
+        return y.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return None, grad * ctx.gain, None
 
 
 class DSR(torch.autograd.Function):

@@ -7,70 +7,30 @@ else touches a spike train but maps that act on every time step alike (pooling, 
 """
 
 import warnings
-from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from models.collapsed import collapsed_layer
-from models.functional import membrane
+from models.engines import ENGINES, choose_engine
+from models.engines.dense import DenseEngine, Spikes, compiled_loop
+from models.functional import Read
 from models.synchronized import synchronize
+from models.trains import SpikeTrain
 
-
-@dataclass
-class SpikeTrain:
-    """The output of a spiking layer: `spikes`, shape (T*B, ...), row t*B+b.
-
-    In unrolled networks that is all, and the spikes carry their amplitude. In collapsed ones the spikes are 0
-    and 1 (or anything, once pooled) with the `amplitude` apart, and autograd sees only the `representation`,
-    (B, ...); `mean` is their time mean. A `static` train has one copy of its spikes for all steps.
-    """
-
-    spikes: torch.Tensor
-    timesteps: int
-    backward: str = "unrolled"
-    amplitude: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    representation: torch.Tensor | None = None
-    static: bool = False
-
-    def values(self):
-        """The spikes, amplitude included."""
-        if self.amplitude is None:
-            return self.spikes
-        return self.spikes.to(self.amplitude.dtype) * self.amplitude
-
-    def map(self, function):
-        """The same train after a linear map that acts on every time step alike."""
-        if self.representation is None:
-            return replace(self, spikes=function(self.values()), amplitude=None)
-        with torch.no_grad():
-            # Amplitude first, as in unrolled networks: pooled spikes may tie with a threshold. A few steps at
-            # a time: these copies could be the largest tensors of all.
-            parts = self.spikes.split(len(self.mean) * max(1, self.timesteps // 4))
-            parts = [function(replace(self, spikes=part).values()) for part in parts]
-            spikes, mean = torch.cat(parts), function(self.mean)
-        representation = function(self.representation)
-        return replace(self, spikes=spikes, amplitude=None, mean=mean, representation=representation)
-
-    def drop(self, dropout):
-        """After dropout, with a mask a time step or, if `dropout.shared`, one for all."""
-        if not (dropout.training and dropout.p):
-            return self
-        if not getattr(dropout, "shared", False):
-            return self.map(dropout)
-        steps = self.spikes.unflatten(0, (1 if self.static else self.timesteps, -1))
-        mask = dropout(torch.ones(steps[0].shape, device=steps.device))
-        return self.map(lambda x: (x.unflatten(0, (-1, len(mask))) * mask).flatten(0, 1))
+BACKWARDS = ("collapsed", "unrolled", "rate")
 
 
 def spiking_layer(branches, bn, neuron):
     """Sum the currents of the branches, normalise over time and batch (or not: `bn` None), fire."""
-    T, backward = neuron.timesteps, branches[0][1].backward
-    if backward != "unrolled":
-        spikes, mean, representation = collapsed_layer(branches, bn, neuron, rate_only=backward == "rate")
+    first = branches[0][1]
+    T = neuron.timesteps
+    if any(train.timesteps != T for _, train in branches):
+        raise ValueError(f"a train of {first.timesteps} time steps meets a neuron layer of {T}")
+    if not first.unrolled:
+        spikes, mean, representation = collapsed_layer(branches, bn, neuron)
         amplitude = neuron.amplitude.detach().clone()
-        return SpikeTrain(spikes, T, backward, amplitude, mean, representation)
+        return SpikeTrain(spikes, T, first.backward, first.engine, amplitude, mean, representation)
     first, *rest = [linear(train.spikes) for linear, train in branches]
     currents = sum(rest, start=first)
     return SpikeTrain(neuron(currents if bn is None else bn(currents)), T)
@@ -80,10 +40,20 @@ class SpikingNetwork(nn.Module):
     """Images (B, 3, H, W), or event frames (B, T, 2, H, W), to logits (B, classes).
 
     A subclass defines `spike`, from the input's train to the last layer's, and `last_neuron`, which decodes
-    it.
+    it. backward: "collapsed" (exact, see `collapsed`), "unrolled" (the same, literally) or "rate" (an
+    approximation). engine: "auto", "dense" or "events" (see `engines`).
     """
 
-    backward = "unrolled"
+    def __init__(self, backward="collapsed", engine="auto"):
+        super().__init__()
+        self.backward, self.engine = backward, engine
+        self._compiled = None  # an engine of compiled loops
+
+    def __setattr__(self, name, value):
+        for setting, known in (("backward", BACKWARDS), ("engine", ENGINES)):
+            if name == setting and value not in known:
+                raise ValueError(f"unknown {name} {value!r}; choose from: {', '.join(known)}")
+        super().__setattr__(name, value)
 
     @property
     def timesteps(self):
@@ -91,31 +61,24 @@ class SpikingNetwork(nn.Module):
 
     def forward(self, x):
         train = self.spike(self.encode(x))
-        if train.representation is None:
+        if train.representation is None:  # unrolled, or nothing to differentiate
             return self.last_neuron.decode(train.values())
-        if train.representation.requires_grad:  # decoding spreads a gradient over time, by the same weights
-            train.representation.register_hook(lambda grad: grad * self.last_neuron.decoding_gain)
-            return train.representation.clone()  # whose own gradient is that of the logits
-        return train.representation
+        representation = train.representation
+        return Read.apply(representation.detach(), representation, self.last_neuron.decoding_gain)
 
     def synchronize(self):
         """Let batch norm work over the batches of all processes."""
         synchronize(self)
 
     def compile_loops(self):
-        """Run the time loops of collapsed layers through torch.compile. RuntimeError without a compiler."""
-        torch._dynamo.config.recompile_limit = 64  # training, evaluation, a static image: each its own loop
-        torch._dynamo.config.specialize_float = True
-        loop = torch.compile(membrane, dynamic=True)
-        neurons = [module for module in self.modules() if hasattr(module, "loop")]
-        if neurons:
-            try:
-                like = neurons[0].Vth.detach()
-                loop([like.new_ones(2, 2)], [like.new_empty(2, 2)], like, like, 1.0, like, like)
-            except Exception as error:
-                raise RuntimeError(f"torch.compile does not work here: {error}".splitlines()[0]) from error
-        for neuron in neurons:
-            neuron.loop = loop
+        """Run the dense engine's time loops through torch.compile. RuntimeError without a compiler."""
+        self._compiled = DenseEngine(compiled_loop(self.last_neuron.Vth.detach()))
+
+    def engine_in_use(self, device):
+        """-> (the engine that computes this network on the device, why it is not the event engine)."""
+        if self._compiled is not None:
+            return self._compiled, "compiled loops are dense"
+        return choose_engine(self.engine, device.type, torch.is_autocast_enabled(device.type))
 
     def encode(self, x):
         """Static images repeat T times; event frames give one frame a step. -> train of (T*B, ...)."""
@@ -127,8 +90,9 @@ class SpikingNetwork(nn.Module):
             return SpikeTrain(x.repeat(T, 1, 1, 1) if static else x.transpose(0, 1).flatten(0, 1), T)
         mean = x if static else x.mean(1)
         frames = x if static else x.transpose(0, 1).flatten(0, 1)
-        frames = frames.contiguous(memory_format=torch.channels_last)
-        return SpikeTrain(frames, T, self.backward, None, mean, mean, static)
+        frames = Spikes(frames.contiguous(memory_format=torch.channels_last))
+        engine, _ = self.engine_in_use(x.device)
+        return SpikeTrain(frames, T, self.backward, engine, None, mean, mean, static)
 
     def collapsible(self, x):
         """Whether the backward pass need not unroll time; for the gradient of x or a mask a step it must."""

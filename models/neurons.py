@@ -1,22 +1,30 @@
 """Neuron layers: the dynamics and the DSR gradient of `functional`, with a trainable threshold `Vth`."""
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from models import functional
+from models.engines.dense import Spikes
 
 
 class Neuron(nn.Module):
-    """What IF and LIF layers share: the threshold, its lower bound, and the time-major layout.
+    """What neuron layers share: the threshold, its lower bound, and the time-major layout.
 
     timesteps: T. Vth: initial threshold, in the unit of the currents. alpha: in (0, 1], fire at alpha*Vth.
     Vth_bound: lower bound of Vth. train_Vth: a parameter, or else a buffer. Vth_grad_scale: factor of the
-    gradient of Vth. Raises ValueError for settings out of range. A subclass defines the map on
-    representations (`representation` and its `weights`, None if all alike; `clamp_zones`; `gain` and
-    `Vth_gain`), the `leak`, which is the factors of V and x_t in U, and the `amplitude` of a spike.
+    gradient of Vth. Raises ValueError for settings out of range.
+
+    A subclass states its constants: `leak`, the factors of V and x_t in U; `weights`, those of its
+    representation, T numbers that sum up to 1 (None: all alike); `amplitude`, the value of a spike; and its
+    map on representations, x -> clamp(gain*x, 0, gain*ceiling): `gain`, `ceiling`, `closed` (whether the
+    gradient passes at both ends), and `Vth_gain`, that of the threshold. `dynamics` is the loop over time.
     """
+
+    dynamics = staticmethod(functional.membrane)
 
     def __init__(
         self, *, timesteps=20, Vth=0.3, alpha=0.3, Vth_bound=0.0005, train_Vth=True, Vth_grad_scale=1.0
@@ -24,8 +32,7 @@ class Neuron(nn.Module):
         super().__init__()
         check_settings(timesteps=timesteps, Vth=Vth, alpha=alpha, Vth_bound=Vth_bound)
         self.timesteps, self.alpha = timesteps, alpha
-        self.loop = functional.membrane
-        self.observer = None  # called with the spikes of every forward pass, zero where there is none
+        self._spike_hooks = OrderedDict()
         self.Vth_bound, self.Vth_grad_scale = Vth_bound, Vth_grad_scale
         if train_Vth:
             self.Vth = nn.Parameter(torch.tensor(float(Vth)))
@@ -45,9 +52,22 @@ class Neuron(nn.Module):
             spikes = functional.DSR.apply(currents, self.Vth, self)
         else:  # nothing to differentiate: no need of the zones of the clamp
             spikes = self.fire(currents)
-        if self.observer is not None:
-            self.observer(spikes)
-        return spikes.flatten(0, 1)
+        spikes = spikes.flatten(0, 1)
+        self.report_spikes(Spikes(spikes))
+        return spikes
+
+    def register_spike_hook(self, hook):
+        """Have `hook(spikes)` called in every forward pass; -> a handle whose `remove()` ends that.
+
+        spikes: what an engine emits, with `shape` (T*B, ...), `count()` and `dense()`.
+        """
+        handle = RemovableHandle(self._spike_hooks)
+        self._spike_hooks[handle.id] = hook
+        return handle
+
+    def report_spikes(self, spikes):
+        for hook in self._spike_hooks.values():
+            hook(spikes)
 
     def fire(self, currents):
         """Currents (T, B, ...) -> spikes of that shape, amplitude included."""
@@ -61,45 +81,20 @@ class Neuron(nn.Module):
         """The representation of this layer's spikes: (T*B, ...) -> (B, ...), differentiable."""
         return self.representation(spikes.unflatten(0, (self.timesteps, -1)))
 
-    def simulate(self, y, static, scale, shift, dtype, needed):
-        """The spikes, 0 and 1 in `dtype`, (T*B, ...), that the currents scale*y + shift give; and moments.
+    def representation(self, sequence):
+        """(T, B, ...) -> (B, ...): the mean over time, by `weights`."""
+        if self.weights is None:
+            return functional.rate(sequence)
+        return functional.weighted_rate(sequence, self.weights)
 
-        y: (T*B, ...), or if `static` (B, ...) for every step; the spikes overwrite it where they fit. The
-        moments, if needed, are the time mean and the representation of y and the same of the output,
-        amplitude included, each (B, ...).
-        """
-        if y.dim() not in (2, 4):
-            raise ValueError(f"collapsed layers take (T*B, C) or (T*B, C, H, W), not {y.dim()} dimensions")
-        T, layout = self.timesteps, torch.channels_last if y.dim() == 4 else torch.contiguous_format
+    def clamp_zones(self, x):
+        """Where the clamp passes the representation x of the currents, and where it cuts x off."""
+        return functional.clamp_zones(x, self.ceiling, self.closed)
 
-        def rows(x, T):  # the loop sees T matrices of neurons by channels, whatever the layer's shape
-            return x.movedim(1, -1).reshape(T, -1, x.shape[1]).unbind(0)
-
-        spikes, steps = y, rows(y, 1 if static else T)
-        if static or y.dtype != dtype or not y.is_contiguous(memory_format=layout):
-            shape = T * len(y) if static else len(y), *y.shape[1:]
-            spikes = torch.empty(shape, dtype=dtype, device=y.device, memory_format=layout)
-        lam, kappa = self.leak
-        scale, shift = (kappa * v.flatten().expand(y.shape[1]) for v in (scale, shift))
-        settings = self.Vth, self.alpha * self.Vth, lam, scale, shift
-        weights = [[1.0] * T] + ([self.weights] if self.weights else []) if needed else []
-        sums = self.loop(steps, steps if spikes is y else rows(spikes, T), *settings, weights)
-        if self.observer is not None:
-            self.observer(spikes)
-        if not needed:
-            return spikes, None
-        one = spikes[: len(spikes) // T].movedim(1, -1).shape
-        (y_mean, mean), *weighted = [[x.view(one).movedim(-1, 1) for x in pair] for pair in sums]
-        y_mean, mean = y_mean / T, mean * (self.amplitude / T)
-        if not weighted:
-            return spikes, (y_mean, y_mean, mean, mean.clone())
-        y_repr, representation = weighted[0]
-        return spikes, (y_mean, y_repr, mean, representation * self.amplitude)
-
-    def moments(self, sequence):
-        """Time mean and representation: (T*B, ...) -> two of (B, ...)."""
-        steps = sequence.movedim(1, -1).unflatten(0, (self.timesteps, -1))  # contiguous if channels_last
-        return [x.movedim(-1, 1) for x in (functional.rate(steps), self.representation(steps))]
+    @property
+    def decoding_gain(self):
+        """sum_t w_t^2: see `functional.Read`."""
+        return math.fsum(w * w for w in self.weights) if self.weights else 1 / self.timesteps
 
     def extra_repr(self):
         return f"timesteps={self.timesteps}, alpha={self.alpha}, Vth_bound={self.Vth_bound}"
@@ -116,26 +111,19 @@ class IFNeuron(Neuron):
     gain = 1.0
     leak = 1.0, 1.0
     weights = None
+    closed = True
 
     @property
     def amplitude(self):
         return self.Vth
 
     @property
-    def decoding_gain(self):
-        return 1 / self.timesteps
+    def ceiling(self):
+        return self.Vth
 
     @property
     def Vth_gain(self):
         return self.Vth_grad_scale * self.timesteps
-
-    def representation(self, sequence):
-        return functional.rate(sequence)
-
-    def clamp_zones(self, rate):
-        """Where the clamp passes the rate of the currents, ends included, and where it cuts it off at Vth."""
-        above = rate > self.Vth
-        return (rate >= 0) & ~above, above
 
 
 class LIFNeuron(Neuron):
@@ -147,6 +135,8 @@ class LIFNeuron(Neuron):
     the published results were trained with delta_t, so it stands (section 4.2). Beside the settings of
     `Neuron`: tau, time constant of the membrane, and delta_t, length of a time step, in one unit of time.
     """
+
+    closed = False
 
     def __init__(self, *, tau=1.0, delta_t=0.05, **settings):
         super().__init__(**settings)
@@ -166,8 +156,8 @@ class LIFNeuron(Neuron):
         return self.Vth / self.delta_t
 
     @property
-    def decoding_gain(self):
-        return math.fsum(w * w for w in self.weights)
+    def ceiling(self):
+        return self.Vth * (self.tau / self.delta_t)
 
     @property
     def gain(self):
@@ -176,14 +166,6 @@ class LIFNeuron(Neuron):
     @property
     def Vth_gain(self):
         return self.Vth_grad_scale * self.delta_t * self.timesteps
-
-    def representation(self, sequence):
-        return functional.weighted_rate(sequence, self.weights)
-
-    def clamp_zones(self, weighted_rate):
-        """Where the clamp passes the weighted rate of the currents, ends excluded, and where it cuts."""
-        ceiling = self.Vth * (self.tau / self.delta_t)
-        return (weighted_rate > 0) & (weighted_rate < ceiling), weighted_rate > ceiling
 
     def extra_repr(self):
         return f"{super().extra_repr()}, tau={self.tau}, delta_t={self.delta_t}"

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
+from models.layers import SpikingNetwork, spiking_layer
+from models.trains import SpikeTrain
 
 
 class BasicBlock(nn.Module):

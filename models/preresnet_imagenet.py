@@ -5,7 +5,8 @@ from itertools import chain
 
 from torch import nn
 
-from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
+from models.layers import SpikingNetwork, spiking_layer
+from models.trains import SpikeTrain
 
 
 class Block(nn.Module):

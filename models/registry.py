@@ -18,8 +18,6 @@ IMAGENET_SETTINGS = dict(
     num_classes=1000, timesteps=50, Vth=6.0, tau=1.0, delta_t=0.05, alpha=0.5, Vth_bound=0.01
 )
 
-BACKWARDS = ("collapsed", "unrolled", "rate")
-
 WIDE = {
     "resnet18": partial(PreActResNet, BasicBlock, [2, 2, 2, 2], [64, 128, 256, 512]),
     "resnet34": partial(PreActResNet, BasicBlock, [3, 4, 6, 3], [64, 128, 256, 512]),
@@ -77,6 +75,7 @@ def create_model(
     Vth_grad_scale=None,
     backward="collapsed",
     dropout_mask="step",
+    engine="auto",
 ):
     """The network `name` of `list_models()`: images (B, 3, H, W) or event frames (B, T, 2, H, W) to logits.
 
@@ -84,13 +83,11 @@ def create_model(
     stands for the default of the name's program; dropout: 0, VGG 0.1; Vth_grad_scale: 1, and 0.001 for
     `preresnet_snn.*_if`. backward: "collapsed" (exact, see `collapsed`), "unrolled" (the same, literally) or
     "rate" (an approximation). dropout_mask: "step", as published, under which training unrolls time, or
-    "shared" by all time steps. Raises ValueError for an unknown name, backward pass or mask, or for settings
-    out of range.
+    "shared" by all time steps. engine: "auto", "dense" or "events" (see `engines`). Raises ValueError for an
+    unknown name, backward pass, mask or engine, or for settings out of range.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(list_models())}")
-    if backward not in BACKWARDS:
-        raise ValueError(f"unknown backward {backward!r}; choose from: {', '.join(BACKWARDS)}")
     if dropout_mask not in ("step", "shared"):
         raise ValueError(f"unknown dropout_mask {dropout_mask!r}; choose from: step, shared")
     network, kind = NETWORKS[name]
@@ -104,7 +101,7 @@ def create_model(
         Vth_grad_scale = 0.001 if name.startswith("preresnet_snn.") and kind == "if" else 1.0
     settings.update(train_Vth=train_Vth, Vth_grad_scale=Vth_grad_scale)
     model = network(activation=activation_factory(kind, settings), num_classes=classes, dropout=dropout)
-    model.backward = "unrolled" if kind == "ann" else backward
+    model.backward, model.engine = "unrolled" if kind == "ann" else backward, engine
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.shared = dropout_mask == "shared"

@@ -14,7 +14,7 @@ from utils.statistics import neuron_layers
 from utils.training import Run, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
-MODEL_SETTINGS = (*NEURON_SETTINGS, "backward", "dropout_mask", "Vth_grad_scale")
+MODEL_SETTINGS = (*NEURON_SETTINGS, "backward", "dropout_mask", "Vth_grad_scale", "engine")
 # How the processes of a run were started; some differ between them.
 LAUNCHING = ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "local_rank", "dist_url")
 # What may differ in a run that goes on by itself: where, not what, is computed.
@@ -31,14 +31,14 @@ NEUTRAL = (
     "started",
 )
 NEUTRAL += ("rate_stat", "save_every", "print_freq", "compile", "preset", "manualSeed", "deterministic")
-NEUTRAL += ("dist_backend", "test_batch", "pre_train", "load_Vth")
+NEUTRAL += ("dist_backend", "test_batch", "pre_train", "load_Vth", "engine")
 NEUTRAL += LAUNCHING
 
 count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 
 
-def add_flags(parser, backwards, **defaults):
+def add_flags(parser, backwards, engines, **defaults):
     """The flags of every program; each program has `defaults` of its own."""
     add = parser.add_argument
     text = "processes that load data besides the program's own"
@@ -67,6 +67,8 @@ def add_flags(parser, backwards, **defaults):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     text = "collapsed: exact and fast; unrolled: the same, literally; rate: a cheaper approximation"
     add("--backward", choices=backwards, default="collapsed", help=text)
+    text = "auto: spike by spike on CPUs, where that pays; dense: by tensors; events: spike by spike"
+    add("--engine", choices=engines, default="auto", help=text)
     text = "bf16: spikes and their convolutions in bfloat16"
     add("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
     text = "a mask a time step, as published (training then unrolls time), or one shared by all"
@@ -177,9 +179,21 @@ def build_model(args, classes, device, create_model):
             model.compile_loops()
         except RuntimeError as error:
             warn(f"--compile is left out: {error}")
+    if model.backward != "unrolled":
+        say_engine(model, device, args.precision)
     if args.sync_bn and distributed.world_size() > 1:
         model.synchronize()
     return model
+
+
+def say_engine(model, device, precision):
+    """Print which engine computes the spiking layers, and why it is not the event engine."""
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            engine, reason = model.engine_in_use(device)
+    except RuntimeError as error:
+        raise UserError(f"--engine events: {error}; leave it out for the dense engine") from None
+    print(f"engine: {engine.name}" + (f" ({reason})" if reason else ""))
 
 
 def report(model, loader, device, precision, firing_rate_file):

@@ -30,18 +30,17 @@ def count_spikes(model):
 
     def counter(name):
         def count(spikes):
-            fired = spikes.count_nonzero()
-            counts[name] += torch.stack([fired, torch.full_like(fired, spikes.numel())])
+            fired = spikes.count()
+            counts[name] += torch.stack([fired, torch.full_like(fired, spikes.shape.numel())])
 
         return count
 
-    for name, neuron in neurons.items():
-        neuron.observer = counter(name)
+    handles = [neuron.register_spike_hook(counter(name)) for name, neuron in neurons.items()]
     try:
         yield counts
     finally:
-        for neuron in neurons.values():
-            neuron.observer = None
+        for handle in handles:
+            handle.remove()
 
 
 def not_finite(state):

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import IFNeuron, LIFNeuron, collapsed, create_model
-from models.layers import SpikeTrain, SpikingNetwork, spiking_layer
+from models import IFNeuron, LIFNeuron, create_model
+from models.engines.dense import DenseEngine, Spikes, correlation, correlation_of_patches
+from models.layers import SpikingNetwork, spiking_layer
 from models.preresnet_imagenet import ImageNetPreActResNet, basic
+from models.trains import SpikeTrain
+from tests.models.engines import available
 from utils.statistics import count_spikes, firing_rates
 
 SETTINGS = dict(Vth=0.4, alpha=0.4, delta_t=0.3, tau=1.7)
@@ -81,27 +84,29 @@ def zones(model, x):
     return seen
 
 
-def assert_same(model, x, other="collapsed", backward_passes=1):
-    """Logits, gradients and buffers of the model under both backward passes; returns both models."""
+def assert_same(model, x, backward_passes=1):
+    """Logits, gradients and buffers of the model, unrolled and by every engine; returns the former."""
     labels = torch.arange(len(x)) % 5
-    pair = copy.deepcopy(model), copy.deepcopy(model)
-    for net, backward in zip(pair, ("unrolled", other)):
-        net.backward = backward
+    unrolled, *collapsed = (copy.deepcopy(model) for _ in ("unrolled", *available()))
+    unrolled.backward = "unrolled"
+    for net, net.engine in zip(collapsed, available()):
+        net.backward = "collapsed"
+    for net in (unrolled, *collapsed):
         for _ in range(backward_passes):
             logits = net(x)
             F.cross_entropy(logits, labels).backward()
         net.logits = logits.detach()
-    unrolled, collapsed = pair
-    torch.testing.assert_close(collapsed.logits, unrolled.logits, rtol=0, atol=1e-12)
     largest = max(p.grad.norm() for p in unrolled.parameters())
     assert largest > 1e-6
-    for (name, p), q in zip(unrolled.named_parameters(), collapsed.parameters()):
-        # A bias before a batch norm has a gradient of zero: rounding apart.
-        error, scale = (p.grad - q.grad).norm(), p.grad.norm()
-        assert error <= 1e-9 * scale or error <= 1e-13 * largest, f"{name}: {error} of {scale}"
-    for (name, p), q in zip(unrolled.named_buffers(), collapsed.buffers()):
-        torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-12, msg=name)
-    return pair
+    for net in collapsed:
+        torch.testing.assert_close(net.logits, unrolled.logits, rtol=0, atol=1e-12)
+        for (name, p), q in zip(unrolled.named_parameters(), net.parameters()):
+            # A bias before a batch norm has a gradient of zero: rounding apart.
+            error, scale = (p.grad - q.grad).norm(), p.grad.norm()
+            assert error <= 1e-9 * scale or error <= 1e-13 * largest, f"{name}: {error} of {scale}"
+        for (name, p), q in zip(unrolled.named_buffers(), net.buffers()):
+            torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-12, msg=name)
+    return unrolled
 
 
 @pytest.mark.parametrize(("kind", "T", "B"), [*itertools.product(KINDS, (1, 2, 5, 20), (2, 3))])
@@ -148,7 +153,7 @@ def test_imagenet_networks(kind, training, train_Vth, float64):
         model(x)
     model.train(training)
     assert (zones(model, x) > 0).all()
-    unrolled, _ = assert_same(model, x)
+    unrolled = assert_same(model, x)
     assert unrolled.conv1.weight.grad.any()
     assert (unrolled.relu1.Vth.grad is not None) is train_Vth
 
@@ -208,9 +213,9 @@ def test_gradient_of_a_convolutions_weight(kernel, stride, padding, groups, dila
     grad = torch.randn_like(conv(x))
     expected = nn.grad.conv2d_weight(x, conv.weight.shape, grad, stride, padding, dilation, groups)
     close = dict(rtol=1e-12, atol=1e-10)
-    torch.testing.assert_close(collapsed.corr(conv, conv.weight, x, grad), expected, **close)
+    torch.testing.assert_close(correlation(conv, x, grad), expected, **close)
     if groups == dilation == 1:  # as on CPUs with AVX2 and no AVX-512
-        torch.testing.assert_close(collapsed.corr_of_patches(conv, x, grad, conv.stride), expected, **close)
+        torch.testing.assert_close(correlation_of_patches(conv, x, grad, conv.stride), expected, **close)
 
 
 def test_frozen_weights_get_no_gradient(float64):
@@ -292,13 +297,15 @@ def test_bfloat16_spikes_under_autocast():
     spikes, results = torch.rand(5 * 8, 4, 9, 9) < 0.2, []
     for dtype in (torch.float32, torch.bfloat16):
         r = spikes.unflatten(0, (5, 8)).float().mean(0).requires_grad_()
-        train = SpikeTrain(spikes.to(dtype), 5, "collapsed", torch.tensor(1.0), r.detach(), r)
+        train = SpikeTrain(
+            Spikes(spikes.to(dtype)), 5, "collapsed", DenseEngine(), torch.tensor(1.0), r.detach(), r
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = spiking_layer([(conv, train)], bn, neuron)
         grad = torch.randn(out.representation.shape, generator=torch.Generator().manual_seed(0))
         grads = torch.autograd.grad(out.representation, [r, bn.weight, neuron.Vth, conv.weight], grad)
-        assert out.spikes.dtype == dtype and out.representation.dtype == torch.float32
-        results.append((out.spikes.float(), out.representation, *grads))
+        assert out.spikes.dense().dtype == dtype and out.representation.dtype == torch.float32
+        results.append((out.spikes.dense().float(), out.representation, *grads))
     *exact, weight = results[0]
     *same, rounded = results[1]
     torch.testing.assert_close(same, exact, rtol=1e-4, atol=1e-5)

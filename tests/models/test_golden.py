@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from models import IFNeuron, LIFNeuron, create_model
 from tests import golden
+from tests.models.engines import available
 
 NEURONS = golden.neuron_cases()
 IMAGENET = golden.network_cases("imagenet_models.json")
@@ -48,13 +49,18 @@ def assert_close_to(figures, tensor):
     assert got == pytest.approx([norm, *head], rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("backward", ["unrolled", "collapsed"])
+@pytest.mark.parametrize("engine", ["none", *available()])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network(name, backward, float64):
+def test_network(name, engine, float64):
     case = NETWORKS[name]
     settings = {key: case["setting"][key] for key in SETTINGS}
     model = create_model(
-        case["model"], num_classes=case["num_classes"], dropout=0.0, backward=backward, **settings
+        case["model"],
+        num_classes=case["num_classes"],
+        dropout=0.0,
+        backward="unrolled" if engine == "none" else "collapsed",
+        engine="auto" if engine == "none" else engine,
+        **settings,
     )
     assert {key: list(entry.shape) for key, entry in model.state_dict().items()} == case["keys"]
     assert list(model.state_dict()) == list(case["keys"])  # an official optimizer state goes by this order

@@ -1,0 +1,190 @@
+"""The contract of engines: the event engine against the dense one, in float64, layer by layer."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models import IFNeuron, LIFNeuron, create_model
+from models.collapsed import collapsed_layer
+from models.engines import build, choose_engine
+from models.engines.dense import Spikes
+from models.layers import spiking_layer
+from models.trains import SpikeTrain
+from tests.models.engines import available
+
+pytestmark = pytest.mark.skipif("events" not in available(), reason="no C++ compiler builds the event engine")
+NEURONS = {
+    "if": lambda T: IFNeuron(timesteps=T, Vth=0.7, alpha=0.5),
+    "lif": lambda T: LIFNeuron(timesteps=T, Vth=0.4, alpha=0.6, tau=1.3, delta_t=0.4),
+}
+GEOMETRIES = [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (2, 2, 0), (3, 1, 0), (5, 2, 2)]
+
+
+def events():
+    return choose_engine("events", "cpu")[0]
+
+
+def spike_train(T, B, shape, density, engine, seed=0):
+    """A train of the engine, of random spikes, as a layer would have emitted it; the last image is silent.
+
+    Under the event engine an identity and an IF layer that fires at once make bits of a dense train.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spikes = (torch.rand(T, B, *shape, generator=generator) < density).double()
+    spikes[-1, -1] = 0
+    m = spikes.mean(0)
+    train = SpikeTrain(Spikes(spikes.flatten(0, 1)), T, "collapsed", engine, torch.ones(()), m, m)
+    if engine.name == "events":
+        neuron = IFNeuron(timesteps=T, Vth=1.0, alpha=1.0)
+        with torch.no_grad():
+            train.spikes, _, _ = collapsed_layer([(nn.Identity(), train)], None, neuron)
+    train.amplitude = torch.tensor(0.8)
+    train.mean = train.amplitude * m
+    train.representation = (train.amplitude * m).requires_grad_()
+    return train
+
+
+def outcome(layer, engine, train_of):
+    """Spikes, moments, gradients and running statistics of a layer (branches, bn, neuron) under an engine."""
+    maps, bn, neuron = copy.deepcopy(layer)
+    trains = [train_of(engine, k) for k in range(len(maps))]
+    out = spiking_layer(list(zip(maps, trains)), bn, neuron)
+    assert out.mean.shape == out.representation.shape
+    weights = torch.randn(out.representation.shape, generator=torch.Generator().manual_seed(1))
+    parameters = [p for module in (*maps, bn, neuron) if module for p in module.parameters()]
+    leaves = [train.representation for train in trains] + parameters
+    grads = torch.autograd.grad(out.representation, leaves, weights)
+    buffers = [b.clone() for module in (*maps, bn) if module for b in module.buffers()]
+    return [out.spikes.dense(), out.mean, out.representation, *grads, *buffers]
+
+
+def assert_engines_agree(layer, train_of):
+    for module in (*layer[0], layer[1]):  # a representation of exactly 0 would be a tie
+        for norm in module.modules() if module else ():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
+                norm.weight.data.uniform_(0.5, 2)
+                norm.bias.data.uniform_(-0.5, 0.5)
+    expected, got = (
+        outcome(layer, engine, train_of) for engine in (choose_engine("dense", "cpu")[0], events())
+    )
+    assert torch.equal(got[0], expected[0])  # the same spikes
+    for a, b in zip(got[1:], expected[1:]):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
+@pytest.mark.parametrize("kind", NEURONS)
+def test_geometries(kind, kernel, stride, padding, float64):
+    conv = nn.Conv2d(20, 33, kernel, stride, padding)
+    layer = [conv], nn.BatchNorm2d(33), NEURONS[kind](4)
+    assert_engines_agree(layer, lambda engine, k: spike_train(4, 3, (20, 9, 7), 0.2, engine))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.3, 1.0])
+@pytest.mark.parametrize(("T", "B", "outputs"), [(1, 1, 16), (1, 5, 70), (6, 1, 64), (5, 3, 10)])
+def test_densities_and_sizes(density, T, B, outputs, float64):
+    torch.manual_seed(T)
+    layer = [nn.Conv2d(16, outputs, 3, padding=1)], nn.BatchNorm2d(outputs), NEURONS["lif"](T)
+    if not density and T == B == 1:
+        layer = layer[0], None, layer[2]
+    assert_engines_agree(layer, lambda engine, k: spike_train(T, B, (16, 8, 8), density, engine))
+
+
+NORMS = {
+    "training": lambda: nn.BatchNorm2d(48),
+    "without affine parameters": lambda: nn.BatchNorm2d(48, affine=False),
+    "none": lambda: None,
+    "frozen": lambda: nn.BatchNorm2d(48).eval(),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_branches(norm, float64):
+    """A convolution, a shortcut with a batch norm of its own, another without, and an identity."""
+    shortcut = nn.Sequential(nn.Conv2d(48, 48, 1, bias=False), nn.BatchNorm2d(48))
+    maps = [nn.Conv2d(48, 48, 3, padding=1), shortcut]
+    maps += [nn.Conv2d(48, 48, 1, bias=False), nn.Identity()]
+    train_of = lambda engine, k: spike_train(4, 2, (48, 6, 5), 0.15, engine, seed=k)  # noqa: E731
+    assert_engines_agree((maps, NORMS[norm](), NEURONS["lif"](4)), train_of)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(20, 12), (64, 96)])
+def test_linear_maps(inputs, outputs, float64):
+    layer = [nn.Linear(inputs, outputs)], nn.BatchNorm1d(outputs), NEURONS["if"](5)
+    assert_engines_agree(layer, lambda engine, k: spike_train(5, 7, (inputs,), 0.2, engine))
+
+
+def test_large_weights_are_shared_by_channel(float64):
+    layer = [nn.Conv2d(128, 128, 3, padding=1)], nn.BatchNorm2d(128), NEURONS["lif"](3)
+    assert_engines_agree(layer, lambda engine, k: spike_train(3, 2, (128, 5, 6), 0.1, engine))
+
+
+def test_what_the_kernels_do_not_take_goes_the_dense_way(float64):
+    grouped, dilated = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Conv2d(8, 8, 3, dilation=2)
+    for conv in (grouped, dilated, nn.Conv2d(8, 8, (1, 3)), nn.Conv2d(8, 8, 7, padding=3)):
+        layer = [conv], nn.BatchNorm2d(8), NEURONS["lif"](4)
+        assert_engines_agree(layer, lambda engine, k: spike_train(4, 2, (8, 9, 9), 0.2, engine))
+
+
+def test_a_train_denser_than_the_limit_goes_the_dense_way(float64):
+    engine = choose_engine("auto", "cpu")[0]
+    trains = [spike_train(3, 2, (16, 5, 5), density, engine) for density in (0.5, 0.05)]
+    currents = []
+    for train in trains:
+        branch = type(
+            "Branch", (), dict(linear=nn.Conv2d(16, 16, 3), weight=torch.ones(16, 16, 3, 3), train=train)
+        )
+        currents.append(engine.takes(branch))
+    assert currents == [False, True]
+
+
+@pytest.mark.parametrize(("backward", "threads"), itertools.product(("collapsed", "rate"), (1, 3)))
+def test_networks_repeat_bit_by_bit_and_agree(backward, threads, float64):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = create_model("preresnet.resnet20_lif", timesteps=3, Vth=0.3, delta_t=0.3, backward=backward)
+        x, results = torch.randn(3, 3, 32, 32), []
+        for model.engine in ("dense", "events", "events"):
+            net = copy.deepcopy(model)
+            logits = net(x)
+            nn.functional.cross_entropy(logits, torch.arange(3)).backward()
+            results.append(
+                torch.cat([logits.detach().flatten(), *[p.grad.flatten() for p in net.parameters()]])
+            )
+        assert torch.equal(results[1], results[2])
+        assert (results[1] - results[0]).norm() < 1e-9 * results[0].norm()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_spikes_are_counted_and_given_in_parts(float64):
+    train = spike_train(4, 3, (20, 5, 6), 0.2, events())
+    dense = train.spikes.dense()
+    assert train.spikes.count() == dense.sum() > 0 and train.spikes.shape == dense.shape
+    assert torch.equal(torch.cat(list(train.spikes.split(5))), dense)
+
+
+def test_two_processes_build_once_and_without_a_compiler_the_dense_engine_runs(tmp_path):
+    code = "from models.engines.build import find_kernels; print(find_kernels())"
+    environment = dict(os.environ, TORCH_EXTENSIONS_DIR=str(tmp_path), DSR_MARCH="native")
+    start = dict(cwd=Path(build.SOURCE).parents[2], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lost = subprocess.run([sys.executable, "-c", code], env=dict(environment, CXX="/nowhere/c++"), **start)
+    assert "(None, 'no C++ compiler" in lost.stdout
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment, **start) for _ in range(2)]
+    outputs = [process.communicate() for process in both]
+    assert len({out for out, _ in outputs}) == 1 and ".so" in outputs[0][0]
+    assert sum("building the event engine, once" in err for _, err in outputs) == 1
+    assert [path.name for path in tmp_path.rglob("*.so")] == ["dsr_events.so"]
+
+
+def test_unknown_engines_are_refused():
+    with pytest.raises(ValueError, match="unknown engine"):
+        create_model("preresnet.resnet20_if", engine="sparse")
