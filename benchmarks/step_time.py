@@ -2,12 +2,14 @@
 
     python benchmarks/step_time.py --model preresnet.resnet18_lif --timesteps 5 20 --batch 8
     python benchmarks/step_time.py --inference --batch 50
-    python benchmarks/step_time.py --sweep sweep.png --timesteps 5 10 20 40
+    python benchmarks/step_time.py --sweep sweep.png --timesteps 1 2 5 10 20 50
+    python benchmarks/step_time.py --weights checkpoint/.../NAME.pth --images FOLDER/train
 
-Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`, `collapsed`, `rate` (an
-approximation), each of our own with `-bf16` and `-compile`, `ann` (ReLUs, one time step), and `floor` (the
-forward convolutions of all T steps, alone, into preallocated outputs). They take turns, step by step; a
-figure is the median. Peak memory is that of a process of its own: VmHWM, or max_memory_allocated on a GPU.
+Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`; by the engines `events`
+and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rate-` of these; `ann` (ReLUs, one
+time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). They
+take turns, step by step; a figure is the median. Peak memory is that of a process of its own: VmHWM, or
+max_memory_allocated on a GPU. Time follows the firing rates: those of the first step are printed as well.
 """
 
 import argparse
@@ -28,12 +30,18 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from torchvision import datasets, transforms  # noqa: E402
+
 from models import create_model, registry  # noqa: E402
 
 VARIANTS = [
-    "peer", "unrolled", "unrolled-bf16", "collapsed", "collapsed-compile", "collapsed-bf16",
-    "collapsed-bf16-compile", "rate", "rate-bf16", "rate-compile", "rate-bf16-compile", "ann", "floor",
+    "peer", "unrolled", "unrolled-bf16", "events", "dense", "dense-compile", "dense-bf16",
+    "dense-bf16-compile", "rate-events", "rate-dense", "rate-dense-bf16", "rate-dense-compile",
+    "rate-dense-bf16-compile", "ann", "floor",
 ]  # fmt: skip
+
+
+NEURONS = ("Vth", "alpha", "Vth_bound", "tau", "delta_t")
 
 
 class Peer(nn.Module):
@@ -58,9 +66,9 @@ class Peer(nn.Module):
 def build(variant, args, timesteps):
     """The network of a variant."""
     imagenet = args.model.startswith("preresnet_snn.")
-    settings = (registry.IMAGENET_SETTINGS if imagenet else registry.CIFAR_SETTINGS) | dict(
-        timesteps=timesteps
-    )
+    settings = registry.IMAGENET_SETTINGS if imagenet else registry.CIFAR_SETTINGS
+    neurons = {name: value for name in NEURONS if (value := getattr(args, name)) is not None}
+    settings = settings | neurons | dict(timesteps=timesteps)
     family, kind = args.model.rsplit("_", 1)
     torch.manual_seed(0)
     if variant == "ann":
@@ -69,22 +77,33 @@ def build(variant, args, timesteps):
     if variant == "peer":
         network, _ = registry.NETWORKS[args.model]
         del settings["num_classes"]
-        return network(activation=partial(Peer, kind, settings), num_classes=10, dropout=0.0).to(args.device)
-    model = create_model(args.model, **settings, dropout=0.0, backward=variant.split("-")[0]).to(args.device)
+        model = network(activation=partial(Peer, kind, settings), num_classes=10, dropout=0.0)
+        model.backward = "unrolled"
+        return model.to(args.device)
+    backward = (
+        "rate" if variant.startswith("rate") else "unrolled" if variant.startswith("un") else "collapsed"
+    )
+    engine = "events" if variant.endswith("events") else "dense"
+    model = create_model(args.model, **settings, dropout=0.0, backward=backward, engine=engine)
+    if args.weights:
+        state = torch.load(args.weights, map_location="cpu", weights_only=True)["state_dict"]
+        model.load_state_dict(state)
     if variant.endswith("-compile"):
         model.compile_loops()
-    return model
+    return model.to(args.device)
 
 
-def step(variant, args, timesteps):
+def step(variant, args, timesteps, model=None):
     """A function that does one training step (or a forward pass, with --inference) of the variant."""
     torch.manual_seed(1)
     shape = (timesteps, 2, 48, 48) if args.model.startswith("vgg") else (3, args.image_size, args.image_size)
     x = torch.randn(args.batch, *shape, device=args.device)
+    if args.images:
+        x = pictures(args.images, args.batch, args.image_size).to(args.device)
     labels = torch.randint(10, (args.batch,), device=args.device)
     if variant == "floor":
         return floor(args, timesteps, x)
-    model = build(variant, args, timesteps)
+    model = build(variant, args, timesteps) if model is None else model
     autocast = partial(torch.autocast, args.device, torch.bfloat16) if "bf16" in variant else nullcontext
     if args.inference:
         model.eval()
@@ -104,6 +123,25 @@ def step(variant, args, timesteps):
         optimizer.step()
 
     return run
+
+
+def pictures(folder, count, size):
+    """Some images of a folder of classes, drawn by a fixed seed, normalised as CIFAR-10."""
+    to_tensor = [transforms.Resize((size, size)), transforms.ToTensor()]
+    normalize = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    images = datasets.ImageFolder(folder, transforms.Compose([*to_tensor, normalize]))
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.stack([images[i][0] for i in chosen.tolist()])
+
+
+def print_firing_rates(args, timesteps):
+    """Of each layer in the first forward pass, in percent."""
+    model, rates = build("dense", args, timesteps), []
+    for module in model.modules():
+        if hasattr(module, "register_spike_hook"):
+            module.register_spike_hook(lambda s: rates.append(100 * s.count().item() / s.shape.numel()))
+    step("dense", args, timesteps, model)()
+    print("firing rates of the layers (%): " + ", ".join(f"{rate:.1f}" for rate in rates))
 
 
 def floor(args, timesteps, x):
@@ -159,6 +197,8 @@ def peak_memory(variant, args, timesteps):
     """Peak bytes of two steps in a process of their own."""
     flags = f"--model {args.model} --batch {args.batch} --device {args.device} --timesteps {timesteps}"
     flags += f" --image_size {args.image_size}"
+    for name in (*NEURONS, "weights", "images"):
+        flags += f" --{name} {getattr(args, name)}" if getattr(args, name) is not None else ""
     command = [sys.executable, __file__, *flags.split(), "--peak", variant] + ["--inference"] * args.inference
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -200,6 +240,10 @@ def get_parser():
     parser.add_argument("--timesteps", type=int, nargs="+", default=[20])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=32, help="of other networks than vgg.*")
+    for name in NEURONS:
+        parser.add_argument(f"--{name}", type=float, help="if not the default of the model's program")
+    parser.add_argument("--weights", help="a checkpoint to measure, in place of a fresh network")
+    parser.add_argument("--images", help="a folder of classes to draw the batch from, in place of noise")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -255,21 +299,21 @@ def main(argv=None):
         memory = {}
         if not args.no_memory:
             memory = {variant: peak_memory(variant, args, T) for variant in variants if variant != "floor"}
-        print(f"| {'variant':22} | seconds | images/s | x peer | x floor | MB above the ANN |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print_firing_rates(args, T)
+        print(f"| {'variant':22} | seconds | images/s | x ANN | x peer | x floor | MB above the ANN |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
         for variant in variants:
             t = seconds[variant]
             above = memory[variant] - memory["ann"] if variant in memory and "ann" in memory else None
             rows.append(
                 dict(timesteps=T, variant=variant, seconds=t, peak=memory.get(variant), above_ann=above)
             )
+            ann = f"{t / seconds['ann']:5.2f}" if "ann" in seconds else ""
             peer = f"{seconds['peer'] / t:6.2f}" if "peer" in seconds else ""
             base = f"{t / seconds['floor']:6.2f}" if "floor" in seconds else ""
             mb = "" if above is None else f"{above / 1e6:6.0f}"
-            print(
-                f"| {variant:22} | {t:7.3f} | {args.batch / t:8.1f} | {peer:6} | {base:7} | {mb:16} |",
-                flush=True,
-            )
+            figures = f"{t:7.3f} | {args.batch / t:8.1f} | {ann:5} | {peer:6} | {base:7} | {mb:16}"
+            print(f"| {variant:22} | {figures} |", flush=True)
     if args.json:
         Path(args.json).write_text(
             json.dumps(dict(machine=machine(args.device), args=vars(args), rows=rows), indent=1)

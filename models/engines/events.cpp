@@ -303,7 +303,11 @@ template <class F> struct Scratch {
   std::vector<F> y;
   std::vector<Gathered> gathered;
   std::vector<Channels<F>> channels;
-  Scratch(const Layer<F>& L) : gathered(L.n_branches), channels(L.n_branches) {}
+  int frames = 0;  // of the tile whose border is clear
+  void begin(const Layer<F>& L) {
+    frames = 0;
+    if (int(gathered.size()) < L.n_branches) gathered.resize(L.n_branches), channels.resize(L.n_branches);
+  }
   void find_spikes(const Layer<F>& L, const Tile& t, bool for_Q) {
     y.resize(max(y.size(), size_t(t.frames) * t.height() * t.PW * L.OB));
     for (int k = 0; k < L.n_branches; k++) {
@@ -391,7 +395,8 @@ template <class F, int OB> void add_sums(const Layer<F>& L, const Tile& t, const
 template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
   const int64_t images = int64_t(L.T) * L.B, tiles = (images + L.frames - 1) / L.frames, blocks = L.O / OB;
   on_threads(L.split ? blocks : tiles, [&](int64_t id, Share mine) {
-    Scratch<F> scratch(L);
+    static thread_local Scratch<F> scratch;  // kept: new memory costs more than it holds
+    scratch.begin(L);
     const Share own_tiles = L.split ? Share{0, tiles} : mine, own = L.split ? mine : Share{0, blocks};
     for (int64_t i = own_tiles.from; i < own_tiles.to; i++) {
       const int64_t first = i * L.frames;
@@ -402,7 +407,8 @@ template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
         F* y = scratch.y.data();
         currents<F, OB>(L, t, block, scratch);
         add_sums<F, OB>(L, t, y, sums + id * 2 * L.O + block * OB);
-        if (L.scatter || n < L.frames) clear_border(L, t, y);
+        if (L.scatter || n != scratch.frames) clear_border(L, t, y);
+        if (block + 1 == own.to) scratch.frames = n;
         for (int k = 0; k < L.n_branches; k++) {
           const Branch<F>& b = L.branches[k];
           F* Q = b.Q + ((L.split ? 0 : id) * L.O + block * OB) * b.rows();
@@ -456,7 +462,8 @@ template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {
   const int64_t strips = (L.H + L.rows - 1) / L.rows, groups = (L.B + L.images - 1) / L.images, blocks = L.O / OB;
   const int64_t words = L.O / WORD, step = int64_t(L.B) * L.H * L.W * words, tiles = groups * strips;
   on_threads(L.split ? blocks : tiles, [&](int64_t, Share mine) {
-    Scratch<F> scratch(L);
+    static thread_local Scratch<F> scratch;  // kept: new memory costs more than it holds
+    scratch.begin(L);
     const Share own_tiles = L.split ? Share{0, tiles} : mine, own = L.split ? mine : Share{0, blocks};
     for (int64_t i = own_tiles.from; i < own_tiles.to; i++) {
       const int64_t first = i / strips * L.images;

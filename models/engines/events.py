@@ -187,7 +187,7 @@ class EventEngine(dense.DenseEngine):
         total = None
         for c, Q in scaled_Qs:
             layer.block, layer.split = Q.blocks.shape[-1], len(Q.blocks) < layer.threads
-            scaled = Q.blocks * F.pad(c * Q.amplitude, (0, layer.channels - len(c))).view(-1, 1, layer.block)
+            scaled = Q.blocks * filled_up(c * Q.amplitude, layer.channels).view(-1, 1, layer.block)
             total = scaled if total is None else total.add_(scaled)
         return total
 
@@ -294,7 +294,7 @@ class KernelLayer:
         weights = neuron.weights or [1 / T] * T
 
         def of_channels(v):
-            return F.pad((kappa * v).expand(channels), (0, self.channels - channels)).contiguous()
+            return filled_up((kappa * v).expand(channels), self.channels).contiguous()
 
         scale, shift, w = of_channels(scale), of_channels(shift), like.new_tensor(weights)
         one_step = (shape[0] // T, *shape[2:], self.channels)
@@ -392,7 +392,12 @@ def channels_last(x):
 def whole_words(x):
     """(B, C, H, W), or (B, C) -> contiguous (B, H, W, C), C filled up by zeros to whole words."""
     x = channels_last(x)
-    return F.pad(x.view(len(x), *x.shape[1:-1] or (1, 1), -1), (0, -x.shape[-1] % WORD))
+    return filled_up(x.view(len(x), *x.shape[1:-1] or (1, 1), -1), -(-x.shape[-1] // WORD) * WORD)
+
+
+def filled_up(x, channels):
+    """x (..., C) with zeros for the channels that it lacks."""
+    return x if x.shape[-1] == channels else F.pad(x, (0, channels - x.shape[-1]))
 
 
 def geometry(linear):
