@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cifar.program import main  # noqa: E402
-from utils.cli import run_program  # noqa: E402
+from cifar.program import main
+from utils.cli import run_program
 
 if __name__ == "__main__":
     run_program(lambda argv: main(argv, __doc__, lr=0.1))

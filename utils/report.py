@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from utils.checkpoint import save, save_text
 from utils.results import markdown
@@ -50,46 +51,52 @@ class Measurement:
         return MULTIPLY_ACCUMULATE * self.dense
 
 
-@contextmanager
-def watch(model):
-    """While open, sums up what `measure` needs in a dict (what, layer) -> sum, over unrolled passes.
+class Counter:
+    """A hook of every module's forward pass: `sums[what][layer]` is what `measure` needs, over all passes.
 
-    A tensor of spikes carries the `unit` that one spike has in it, on through pools and reshapes. The hook is
-    that of all modules, as a network may make a pool or a Flatten in passing.
+    `units`: what one spike amounts to in a tensor of spikes, on through pools and reshapes.
     """
-    names = {module: published_name(name) for name, module in model.named_modules()}
-    sums = defaultdict(float)
 
-    def hook(module, inputs, output):
-        x, name = inputs[0], names.get(module)
-        unit = getattr(x, "unit", None)
+    def __init__(self, model):
+        self.names = {module: published_name(name) for name, module in model.named_modules()}
+        self.sums, self.units = defaultdict(partial(defaultdict, float)), WeakTensorKeyDictionary()
+
+    def __call__(self, module, inputs, output):
+        x, name = inputs[0], self.names.get(module)
+        unit = self.units.get(x) if torch.is_tensor(x) else None
         if hasattr(module, "Vth"):
-            output.unit = module.amplitude
-            sums["fired", name] += output.count_nonzero().double()
-            sums["possible", name] += output.numel()
-            expected = module.gain * module.decode(x)
-            expected = expected.clamp(min=0).minimum(module.amplitude)
-            error = (module.decode(output) - expected).abs().double()
-            sums["error", name] += error.sum()
-            sums["neurons", name] += error.numel()
-            sums["relative", name] += error.sum() / module.amplitude
+            self.units[output] = module.amplitude
+            self.count_neurons(module, name, x, output)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             synapses = fan_out(module, x, output)
-            sums["dense", name] = synapses.sum()
+            self.sums["dense"][name] = float(synapses.sum())
             arrived = x != 0 if unit is None else (x / unit).round()
-            sums["real" if unit is None else "spikes", name] += (arrived.sum(0).double() * synapses).sum()
+            kind = "real" if unit is None else "spikes"
+            self.sums[kind][name] += float((arrived.sum(0).double() * synapses).sum())
         elif unit is not None and isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
             if size := window(module, x, output):
-                output.unit = unit / size
+                self.units[output] = unit / size
         elif unit is not None and isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
-            output.unit = unit
+            self.units[output] = unit
 
-    handle = nn.modules.module.register_module_forward_hook(hook)
-    try:
-        with unrolled(model):
-            yield sums
-    finally:
-        handle.remove()
+    def count_neurons(self, neuron, name, x, spikes):
+        expected = (neuron.gain * neuron.decode(x)).clamp(min=0).minimum(neuron.amplitude)
+        error = (neuron.decode(spikes) - expected).abs().double()
+        found = dict(fired=spikes.count_nonzero(), possible=spikes.numel(), neurons=error.numel())
+        found |= dict(error=error.sum(), relative=error.sum() / neuron.amplitude)
+        for what, value in found.items():
+            self.sums[what][name] += float(value)
+
+
+@contextmanager
+def watch(model):
+    """While open, counts what `measure` needs in a dict what -> layer -> sum, over unrolled passes.
+
+    By a hook of all modules there are, as a network may make a pool or a Flatten in passing.
+    """
+    counter = Counter(model)
+    with unrolled(model), nn.modules.module.register_module_forward_hook(counter):
+        yield counter.sums
 
 
 def fan_out(layer, x, output):
@@ -118,35 +125,48 @@ def measure(model, batches):
     with watch(model) as sums:
         for images, labels in batches:
             hits, n = hits + (model(images).argmax(1) == labels).sum(), n + len(labels)
-    steps = getattr(model, "timesteps", 1)
-    parts = defaultdict(dict)
-    for (what, layer), value in sums.items():
-        parts[what][layer] = float(value)
-    fired, possible, neurons = parts["fired"], parts["possible"], parts["neurons"]
+    times = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        float(model(images).sum())  # waits for a GPU
+        times.append(1000 * (time.perf_counter() - start) / len(images))
+    fired, possible, neurons = sums["fired"], sums["possible"], sums["neurons"]
     return Measurement(
-        timesteps=steps,
+        timesteps=model.timesteps,
         images=n,
         accuracy=100 * float(hits) / n,
         rates={layer: fired[layer] / possible[layer] for layer in fired},
         overall=sum(fired.values()) / max(sum(possible.values()), 1),
-        errors={layer: error / neurons[layer] for layer, error in parts["error"].items()},
-        relative={layer: error / neurons[layer] for layer, error in parts["relative"].items()},
-        accumulates=sum(parts["spikes"].values()) / n,
-        multiplies=sum(parts["real"].values()) / n / (steps if images.dim() == 4 else 1),
-        dense=sum(parts["dense"].values()),
-        milliseconds=milliseconds(model, images),
+        errors={layer: error / neurons[layer] for layer, error in sums["error"].items()},
+        relative={layer: error / neurons[layer] for layer, error in sums["relative"].items()},
+        accumulates=sum(sums["spikes"].values()) / n,
+        multiplies=sum(sums["real"].values()) / n / (model.timesteps if images.dim() == 4 else 1),
+        dense=sum(sums["dense"].values()),
+        milliseconds=sorted(times[1:])[1],
     )
 
 
-@torch.no_grad()
-def milliseconds(model, images, repeats=3):
-    """The median time of a forward pass over a batch, an image."""
-    times = []
-    for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
-        float(model(images).sum())  # waits for a GPU
-        times.append(1000 * (time.perf_counter() - start) / len(images))
-    return sorted(times[1:])[repeats // 2]
+# The columns of the table over T.
+COLUMNS = {
+    "T": lambda m: m.timesteps,
+    "top-1 %": lambda m: f"{m.accuracy:.2f}",
+    "ms an image": lambda m: f"{m.milliseconds:.2f}",
+    "firing rate %": lambda m: f"{100 * m.overall:.2f}",
+    "highest layer %": lambda m: f"{100 * max(m.rates.values()):.2f}",
+    "representation error %": lambda m: f"{100 * sum(m.relative.values()) / len(m.relative):.2f}",
+    "accumulates": lambda m: f"{m.accumulates:.4g}",
+    "multiply-accumulates": lambda m: f"{m.multiplies:.4g}",
+    "energy µJ": lambda m: f"{m.energy:.4g}",
+    "of the ANN's energy": lambda m: f"{m.energy / m.dense_energy:.1%}",
+}
+NOTES = """\
+The paper's claim: every layer fires at most 20 %, all together 7.5 to 9.5 %. Representation error: the mean
+of |representation of the spikes - clamp(representation of the input)|; a layer's maximum is what a spike at
+every step represents. Accumulates, 0.9 pJ each: spikes times fan-out. Multiply-accumulates, 4.6 pJ each: the
+first layer, on real-valued input, once for a still image. 45 nm; an estimate of arithmetic alone, without
+memory. An average pool counts as part of the weights behind it; batch norms, sums and activations do not
+count.
+"""
 
 
 def make_page(file, text, measured, trained, chain):
@@ -154,79 +174,52 @@ def make_page(file, text, measured, trained, chain):
 
     `chain`: None or (the ANN's accuracy, Measurements of the SNN straight after conversion, perhaps none).
     """
-    main = next(m for m in measured if m.timesteps == trained)
-    picture = file.with_suffix(".png")
+    main, picture = next(m for m in measured if m.timesteps == trained), file.with_suffix(".png")
     save(None, picture, write=partial(draw, measured=measured, main=main, chain=chain))
-    lines = [f"# {file.stem}", "", text, "", f"![]({picture.name})", ""]
-    head = ["T", "top-1 %", "ms an image", "firing rate %", "highest layer %", "representation error %"]
-    head += ["accumulates", "multiply-accumulates", "energy µJ", "of the ANN's energy"]
-    lines += markdown(head, map(cells, measured))
-    lines += [
-        "",
-        f"Trained with T={trained}. The ANN of the same shape: {main.dense:.4g} multiply-accumulates, ",
-    ]
-    lines[-1] += f"{main.dense_energy:.4g} µJ" + (f", top-1 {chain[0]:.2f} %." if chain else ".")
+    table = markdown(COLUMNS, [[cell(m) for cell in COLUMNS.values()] for m in measured])
+    ann = f"{main.dense:.4g} multiply-accumulates, {main.dense_energy:.4g} µJ"
+    ann += f", top-1 {chain[0]:.2f} %." if chain else "."
+    lines = [f"# {file.stem}", "", text, "", f"![]({picture.name})", "", *table, ""]
+    lines += [f"Trained with T={trained}. The ANN of the same shape: {ann}", ""]
     if chain and chain[1]:
-        lines += ["", "The SNN straight after conversion, without training:", ""]
-        lines += markdown(["T", "top-1 %"], [(m.timesteps, f"{m.accuracy:.2f}") for m in chain[1]])
-    lines += ["", f"## Layers at T={trained}", ""]
+        lines += ["The SNN straight after conversion, without training:", ""]
+        lines += [*markdown(["T", "top-1 %"], [(m.timesteps, f"{m.accuracy:.2f}") for m in chain[1]]), ""]
     head = ["layer", "firing rate %", "representation error", "in % of the layer's maximum"]
-    errors = [(f"{main.errors[layer]:.4g}", f"{100 * main.relative[layer]:.2f}") for layer in main.rates]
-    lines += markdown(
-        head, [(x, f"{100 * rate:.2f}", *e) for (x, rate), e in zip(main.rates.items(), errors)]
-    )
-    save_text("\n".join([*lines, "", NOTES]) + "\n", file)
-
-
-def cells(m):
-    """The row of a Measurement in the table over T."""
-    error = sum(m.relative.values()) / len(m.relative)
-    percentages = [f"{100 * value:.2f}" for value in (m.overall, max(m.rates.values()), error)]
-    costs = [f"{value:.4g}" for value in (m.accumulates, m.multiplies, m.energy)]
-    speed = f"{m.milliseconds:.2f}"
-    return m.timesteps, f"{m.accuracy:.2f}", speed, *percentages, *costs, f"{m.energy / m.dense_energy:.1%}"
-
-
-NOTES = """\
-The paper's claim: every layer fires at most 20 %, all together 7.5 to 9.5 %. Representation error: the mean
-of |representation of the spikes - clamp(representation of the input)|; a layer's maximum is what a spike at
-every step represents. Accumulates, 0.9 pJ each: spikes times fan-out. Multiply-accumulates, 4.6 pJ each: the
-first layer, on real-valued input, once for a still image. 45 nm; an estimate of arithmetic alone, without
-memory. An average pool counts as part of the weights behind it; batch norms, sums and activations do not
-count."""
+    layers = [
+        (layer, f"{100 * rate:.2f}", f"{main.errors[layer]:.4g}", f"{100 * main.relative[layer]:.2f}")
+        for layer, rate in main.rates.items()
+    ]
+    lines += [f"## Layers at T={trained}", "", *markdown(head, layers), "", NOTES]
+    save_text("\n".join(lines), file)
 
 
 def draw(_, file, measured, main, chain):
     """Accuracy and energy against T; firing rate and representation error of each layer."""
     figure = Figure(figsize=(12, 8), layout="constrained")
-    (left, right), (rate, error) = figure.subplots(2, 2)
-    steps = [m.timesteps for m in measured]
-    left.plot(steps, [m.accuracy for m in measured], marker="o", label="SNN")
+    (accuracy, energy), (rate, error) = figure.subplots(2, 2)
+    steps, dashed = [m.timesteps for m in measured], dict(color="gray", ls="--")
+    accuracy.plot(steps, [m.accuracy for m in measured], marker="o", label="SNN")
     if chain:
-        accuracy, converted = chain
-        left.axhline(accuracy, color="gray", ls="--", label="ANN")
-        if converted:
-            points = [m.timesteps for m in converted], [m.accuracy for m in converted]
-            left.plot(*points, marker="s", label="SNN after conversion, untrained")
-    left.axvline(main.timesteps, color="gray", lw=0.8, ls=":", label="T of training")
-    left.set(xlabel="time steps T", ylabel="top-1 accuracy (%)")
-    right.plot(steps, [m.energy for m in measured], marker="o", label="SNN")
-    right.axhline(main.dense_energy, color="gray", ls="--", label="ANN of the same shape")
-    right.set(xlabel="time steps T", ylabel="energy of an image (µJ, estimate)", ylim=(0, None))
-    layers = range(len(main.rates))
-    rate.bar(layers, [100 * value for value in main.rates.values()], label=f"T={main.timesteps}")
+        accuracy.axhline(chain[0], label="ANN", **dashed)
+        points = [m.timesteps for m in chain[1]], [m.accuracy for m in chain[1]]
+        accuracy.plot(*points, marker="s", label="SNN after conversion, untrained" if chain[1] else None)
+    accuracy.axvline(main.timesteps, color="gray", lw=0.8, ls=":", label="T of training")
+    accuracy.set(xlabel="time steps T", ylabel="top-1 accuracy (%)", xticks=steps)
+    energy.plot(steps, [m.energy for m in measured], marker="o", label="SNN")
+    energy.axhline(main.dense_energy, label="ANN of the same shape", **dashed)
+    energy.set(
+        xlabel="time steps T", ylabel="energy of an image (µJ, estimate)", ylim=(0, None), xticks=steps
+    )
+    for axes, values in ((rate, main.rates), (error, main.relative)):
+        axes.bar(values.keys(), [100 * value for value in values.values()], label=f"T={main.timesteps}")
+        axes.tick_params("x", rotation=90, labelsize=8 if len(values) <= 40 else 4)
     rate.axhline(100 * main.overall, color="black", lw=1, label="all layers together")
-    rate.axhline(20, color="gray", ls="--", label="the paper's bound for a layer")
+    rate.axhline(20, label="the paper's bound for a layer", **dashed)
     rate.set(ylabel="firing rate (%)")
-    error.bar(layers, [100 * value for value in main.relative.values()], label=f"T={main.timesteps}")
     error.set(ylabel="representation error (% of maximum)")
-    for axes in (left, right):
-        axes.set_xticks(steps)
-    for axes in (rate, error):
-        axes.set_xticks(layers, main.rates, rotation=90, fontsize=8 if len(layers) <= 40 else 4)
-        axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
-    for axes in (left, right, rate, error):
+    for axes in (accuracy, energy, rate, error):
         axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="best" if axes in (left, right) else "upper right")
+        axes.margins(y=0.2)  # room for the legend
+        axes.legend(fontsize=8)
     figure.savefig(file, format="png", dpi=120)

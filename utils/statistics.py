@@ -1,7 +1,8 @@
 """What layers do: firing rates and thresholds of the modules that hold a `Vth`, and where a NaN began."""
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -16,6 +17,11 @@ def neuron_layers(model):
 def published_name(layer):
     """`layer1[0].relu1` for `layer1.0.relu1`."""
     return re.sub(r"\.(\d+)\.", r"[\1].", layer)
+
+
+def threshold_name(layer):
+    """The published name of a layer's threshold: `layer1[0].storein2` for `layer1.0.relu2`."""
+    return published_name(layer).replace("relu", "storein")
 
 
 def thresholds(model):
@@ -44,9 +50,9 @@ def count_spikes(model):
             neuron.observer = None
 
 
-def not_finite(state):
-    """The names in a state-dict whose values hold a NaN or an infinity."""
-    return [name for name, value in state.items() if not value.isfinite().all()]
+def firing_rates(counts):
+    """Layer -> fraction of its (sample, neuron, step) triples that fired."""
+    return {name: float(fired) / max(float(possible), 1) for name, (fired, possible) in counts.items()}
 
 
 @contextmanager
@@ -59,29 +65,24 @@ def unrolled(model):
         model.backward = backward
 
 
+def not_finite(state):
+    """The names in a state-dict whose values hold a NaN or an infinity."""
+    return [name for name, value in state.items() if not value.isfinite().all()]
+
+
 @torch.no_grad()
 def first_not_finite(model, images):
     """The parameter, or else the first module of the forward pass, with a NaN or an infinity; or None."""
     found = not_finite(dict(model.named_parameters()))
 
-    def look(name):
-        def hook(_module, _inputs, output):
-            if torch.is_tensor(output) and not output.isfinite().all():
-                found.append(name)
+    def look(_module, _inputs, output, name):
+        if torch.is_tensor(output) and not output.isfinite().all():
+            found.append(name)
 
-        return hook
-
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        with unrolled(model):
-            if not found:
-                model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with unrolled(model), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(partial(look, name=name)))
+        if not found:
+            model(images)
     return found[0] if found else None
-
-
-def firing_rates(counts):
-    """Layer -> fraction of its (sample, neuron, step) triples that fired."""
-    return {name: float(fired) / max(float(possible), 1) for name, (fired, possible) in counts.items()}

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import utils.training
-from cifar.presets import PRESETS
 from cifar.program import get_parser, main
 from models import create_model
 from utils.cli import run_program
@@ -367,7 +366,7 @@ def test_published_defaults():
 
 def test_command_line_before_preset_before_default():
     args = get_parser("test", lr=0.1).parse(["--preset", "quickstart", "--epochs", "3"])
-    assert (args.epochs, args.model, args.momentum) == (3, PRESETS["quickstart"]["model"], 0.9)
+    assert (args.epochs, args.model, args.momentum) == (3, "preresnet.resnet20_if", 0.9)
 
 
 def test_runs_by_path_from_anywhere(images, tmp_path):

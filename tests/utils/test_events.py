@@ -16,13 +16,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from cifar.program import main
 from tests.recorder import HEADER, record, write_aedat
 from utils.cli import UserError
 from utils.data import load_data, train_loader
-from utils.events import draw, integrate, lock, spikingjelly_parts
+from utils.events import draw, integrate, spikingjelly_parts
 
 ROOT = Path(__file__).parents[2]
 # (x, y, polarity) as published; the corners of a picture, one of them twice, and a pixel of no symmetry.
@@ -116,7 +117,7 @@ def test_two_processes_build_once(root):
             data = load_data("CIFAR10DVS", root, 2)
         results.put((printed.getvalue(), float(data.test[0][0].sum())))
 
-    with lock(root / ".lock"):  # until both wait
+    with FileLock(root / ".lock"):  # until both wait
         processes = [fork.Process(target=start) for _ in range(2)]
         for process in processes:
             process.start()
