@@ -26,7 +26,7 @@ from models import create_model, list_models
 from utils import checkpoint, foreign, report, results
 from utils.calibration import load_thresholds
 from utils.cli import Parser, choose_device, explained, require, run_program
-from utils.program import build_model, count
+from utils.program import build_model, count, load
 
 PROGRAMS = dict.fromkeys(cifar.ROWS, cifar) | dict.fromkeys(imagenet.ROWS, imagenet)
 ROWS = cifar.ROWS | imagenet.ROWS
@@ -37,13 +37,10 @@ DAYS = 1.64 / (8 * 20 * 0.48e9) * 1e15 / 86400
 
 
 def departures(row, args):
-    """In what the arguments `args` (a dict) depart from the row: text for readers, text for a file's name.
-
-    Image folders, which nothing checks, count as another copy unless they lie where the row has them.
-    """
+    """In what the arguments `args` (a dict) depart from the row: text for readers, text for a file's name."""
     parser = PROGRAMS[row].get_parser()
     expected, names = vars(parser.parse(["--preset", row])), sorted(parser.fixed)
-    if args.get("dataset", "imagenet") in ("imagefolder", "imagenet"):
+    if args.get("dataset", "imagenet") in ("imagefolder", "imagenet"):  # which nothing checks
         names = sorted([*names, "path"])
     names = [name for name in names if args.get(name, expected[name]) != expected[name]]
     values = {name: Path(args[name]).name if name == "path" else args[name] for name in names}
@@ -98,9 +95,9 @@ def run(row, seeds, flags, command):
 def find_runs(folder):
     """(row, departures) -> the Outcomes of the runs below `folder`, one a seed, in the order of the rows."""
     found = {}
-    for file in sorted(folder.glob("*/*.json")):
-        outcome = results.read_outcome(file)
-        if outcome is None or outcome.args.get("preset") not in ROWS:
+    for file in sorted(set(folder.glob("*/*.json")) - set(folder.glob("*/*.run.json"))):
+        outcome = results.Outcome(file)
+        if not outcome.epochs or outcome.args.get("preset") not in ROWS:
             continue
         row, done = FIRST[outcome.args["preset"]], len(outcome.epochs)
         text, _ = departures(row, outcome.args)
@@ -117,7 +114,7 @@ def list_rows(folder):
     print(f"{'row':32}{'paper':14}{'PMAC':>9}{'days on 2 cores':>17}  measured so far (n seeds)")
     for row, preset in ROWS.items():
         measured = [
-            f"{results.spread(o.last for o in outcomes)} (n={len(outcomes)}{', ' * bool(text)}{text})"
+            f"{results.last_accuracy(outcomes)} (n={len(outcomes)}{', ' * bool(text)}{text})"
             for (name, text), outcomes in found.items()
             if name == FIRST[row]
         ]
@@ -148,7 +145,7 @@ def report_checkpoint(options):
     def of(T, model=args.model, source=file, thresholds=None):
         """The Measurement of the network with the weights in `source` and T time steps."""
         setting = argparse.Namespace(**vars(args) | dict(model=model, timesteps=T))
-        data = program.load(setting)
+        data = load(setting)
         n = min(options.limit or len(data.test), len(data.test))
         chosen = Subset(data.test, [i * len(data.test) // n for i in range(n)])  # of all classes
         snn = build_model(setting, data.classes, device, create_model)
@@ -157,7 +154,7 @@ def report_checkpoint(options):
         if thresholds:
             load_thresholds(snn, thresholds)
         batches = DataLoader(chosen, options.batch, num_workers=options.workers)
-        return report.measure(snn, ((x.to(device), y.to(device)) for x, y in batches))
+        return report.Measurement(snn, ((x.to(device), y.to(device)) for x, y in batches))
 
     steps, chain = sorted({args.timesteps, *options.timesteps}), None
     measured = [of(T) for T in steps]

@@ -1,13 +1,12 @@
 """What the CIFAR programs share: the published flags and their defaults."""
 
-from functools import partial
 from pathlib import Path
 
 from models import create_model, list_models
 from models.registry import BACKWARDS, CIFAR_SETTINGS
 from utils import distributed
 from utils.cli import Parser, choose_device, read_presets, require
-from utils.data import DATASETS, load_data
+from utils.data import DATASETS
 from utils.program import add_flags, count, run
 from utils.records import RunFiles
 
@@ -32,18 +31,13 @@ def get_parser(description="", lr=0.1, processes=False):
     defaults = dict(dataset="cifar10", path="./data", train_batch=128, test_batch=50, epochs=200, lr=lr)
     defaults |= dict(warmup=400, weight_decay=5e-4, optimizer="sgd", model="preresnet.resnet18_if")
     names = dict(models=INPUTS, model_flags=["--model"], seed_flag=SEED_FLAG, backwards=BACKWARDS)
-    add_flags(parser, **names, **CIFAR_SETTINGS | defaults)
+    add_flags(parser, **names, neurons=CIFAR_SETTINGS, **defaults)
     return parser
 
 
 def run_files(args):
     """Where the run with these arguments leaves its files."""
     return RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
-
-
-def load(args):
-    """The Data of a run with these arguments."""
-    return load_data(args.dataset, args.path, timesteps=args.timesteps)
 
 
 def main(argv=None, description="", lr=0.1, processes=False):
@@ -54,8 +48,7 @@ def main(argv=None, description="", lr=0.1, processes=False):
     if processes:
         del args.local_rank  # the environment holds it as well
         device = distributed.join(device)
-    (takes, _), holds = INPUTS[args.model], DATASETS[args.dataset].inputs
-    fit = f"--model {args.model} takes {takes}, --dataset {args.dataset} holds {holds}"
-    require(takes == holds, f"{fit}; choose two that fit")
-    settings = dict(files=run_files(args), device=device, fixed=parser.fixed, create_model=create_model)
-    run(args, load=partial(load, args), **settings)
+    source, takes = DATASETS[args.dataset], INPUTS[args.model]
+    fit = f"--model {args.model} takes {takes[0]} of {takes[1]}, --dataset {args.dataset} holds"
+    require(takes == (source.inputs, source.shape), f"{fit} {source.inputs} of {source.shape}; choose others")
+    run(args, files=run_files(args), device=device, fixed=parser.fixed, create_model=create_model)

@@ -15,7 +15,6 @@ import math
 import os
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,8 +27,8 @@ from models.registry import BACKWARDS, IMAGENET_SETTINGS
 from utils import checkpoint, distributed, foreign
 from utils.calibration import calibrate, load_thresholds
 from utils.cli import Parser, choose_device, explained, number, read_presets, require, run_program
-from utils.data import load_data, loader, unaugmented
-from utils.program import add_flags, count, natural, run
+from utils.data import loader, read_folder
+from utils.program import add_flags, count, load, natural, run
 from utils.records import RunFiles
 
 SCRIPT, SEED_FLAG = "imagenet/main.py", "--seed"
@@ -44,27 +43,16 @@ def get_parser():
     parser = Parser(ROWS, description=__doc__)
     add = parser.group("data")
     add("--data", dest="path", may_change=True, help="folder with train/<class>/ and val/<class>/")
-    text = "images a step, of all processes together; 1 or more"
-    add("-b", "--batch-size", dest="train_batch", type=count, help=text)
+    add("-b", "--batch-size", dest="train_batch", type=count, help="of all processes together; 1 or more")
     add("--image_size", type=number(int, 32), default=224, help="pixels of the side; 32 or more")
     add = parser.group("from an ANN to an SNN")
     add("--pre_train", default="", metavar="FILE", may_change=True, help="weights to start from")
     add("--load_Vth", default="", metavar="FILE", may_change=True, help="thresholds to start from")
     add("--calculate_Vth", default="", metavar="NAME", help="write thresholds from --pre_train to NAME.dict")
-    text = "batches that --calculate_Vth looks at, 1 or more"
-    add("--calibrate_batches", type=count, default=5, help=text)
-    text = "images that --calculate_Vth looks at (the official code: val)"
+    add("--calibrate_batches", type=count, default=5, help="batches for --calculate_Vth, 1 or more")
+    text = "images for --calculate_Vth (the official code: val)"
     add("--calibrate_split", choices=("train", "val"), default="train", help=text)
-    add_process_flags(parser.group("processes", may_change=True))
-    defaults = dict(path="./data/imagenet", model="preresnet_snn.resnet18_if", train_batch=144, epochs=90)
-    defaults |= dict(lr=0.001, warmup=5000, warmup_within_first_epoch=True, weight_decay=0.0)
-    defaults |= dict(optimizer="adam", save_every=1000, print_freq=1000, dataset="imagenet")
-    names = dict(models=INPUTS, model_flags=["-a", "--arch"], seed_flag=SEED_FLAG, backwards=BACKWARDS)
-    add_flags(parser, **names, **IMAGENET_SETTINGS | defaults)
-    return parser
-
-
-def add_process_flags(add):
+    add = parser.group("processes", may_change=True)
     text = "start the processes of this machine: one for each GPU, or --cpu_processes without one"
     add("--multiprocessing-distributed", action="store_true", help=text)
     add("--world-size", type=int, default=-1, help="number of machines")
@@ -75,17 +63,17 @@ def add_process_flags(add):
     add("--gpu", type=natural, help="use this GPU alone, counted from 0")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     add("--cpu_processes", type=count, default=2, help="processes on a machine without GPUs, 1 or more")
-    add("-p", "--print-freq", type=natural, help="iterations between two lines of progress; 0: none")
+    defaults = dict(path="./data/imagenet", model="preresnet_snn.resnet18_if", train_batch=144, epochs=90)
+    defaults |= dict(lr=0.001, warmup=5000, warmup_within_first_epoch=True, weight_decay=0.0)
+    defaults |= dict(optimizer="adam", save_every=1000, print_freq=1000, dataset="imagenet")
+    names = dict(models=INPUTS, model_flags=["-a", "--arch"], seed_flag=SEED_FLAG, backwards=BACKWARDS)
+    add_flags(parser, **names, neurons=IMAGENET_SETTINGS, **defaults)
+    return parser
 
 
 def run_files(args):
     """Where the run with these arguments leaves its files."""
     return RunFiles(Path(args.checkpoint, "imagenet"), args.name or args.model, accuracy="acc1")
-
-
-def load(args):
-    """The Data of a run with these arguments."""
-    return load_data("imagenet", args.path, image_size=args.image_size)
 
 
 def main(argv=None):
@@ -115,8 +103,7 @@ def main(argv=None):
             load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
         return bool(args.pre_train)
 
-    settings = dict(files=files, device=device, fixed=parser.fixed, create_model=create_model)
-    run(args, load=partial(load, args), prepare=prepare, **settings)
+    run(args, files=files, device=device, fixed=parser.fixed, create_model=create_model, prepare=prepare)
 
 
 def launch(argv, args, device):
@@ -165,8 +152,8 @@ def calculate_thresholds(args, folder, device):
     checkpoint.load_weights(model, foreign.load(path)["state_dict"], path)
     images, order = data.test, torch.arange(len(data.test))
     if args.calibrate_split == "train":
-        images, generator = unaugmented(data), torch.Generator().manual_seed(args.manualSeed or 0)
-        order = torch.randperm(len(images), generator=generator)
+        images = read_folder(data.train.root, data.test.transform)  # unaugmented
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.manualSeed or 0))
     chosen = order[: args.calibrate_batches * args.train_batch].tolist()
     batches = loader(Subset(images, chosen), args.train_batch, args.workers, False)
     thresholds = calibrate(model, (batch.to(device) for batch, _ in batches), len(chosen))

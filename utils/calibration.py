@@ -1,8 +1,5 @@
 """The step from an ANN to an SNN: thresholds from the activations of the ANN's ReLUs (section 5.1)."""
 
-from contextlib import ExitStack
-from functools import partial
-
 import torch
 from torch import nn
 
@@ -18,31 +15,26 @@ def calibrate(model, batches, samples, fraction=0.999):
     Exact, for any split of the `samples` images into batches: as their number is known beforehand, so is how
     many of the largest values can matter; no more (one in a thousand) are kept while the batches stream by.
     """
-    largest = {}
+    largest, names = {}, {module: threshold_name(name) for name, module in model.named_modules()}
 
-    def keep(_relu, inputs, name):
-        values = inputs[0].relu().flatten()
+    def keep(module, inputs):
+        if not isinstance(module, nn.ReLU):
+            return
+        name, values = names[module], inputs[0].relu().flatten()
         n = values.numel() // len(inputs[0]) * samples
         count = n - int(fraction * n)
         values = torch.cat([largest.get(name, values[:0]), values])
         largest[name] = values.topk(min(count, len(values))).values
 
     model.eval()
-    with ExitStack() as hooks:
-        for layer, module in model.named_modules():
-            if isinstance(module, nn.ReLU):
-                hook = partial(keep, name=threshold_name(layer))
-                hooks.enter_context(module.register_forward_pre_hook(hook))
+    with nn.modules.module.register_module_forward_pre_hook(keep):
         for images in batches:
             model(images)
     return {name: values[-1].cpu() for name, values in largest.items()}
 
 
 def load_thresholds(model, path):
-    """Start every neuron layer at the value of a threshold file: an IF at it, a LIF at it times delta_t.
-
-    Raises UserError for a file of another network, or with a value that is no positive number.
-    """
+    """Start every neuron layer at the value of a threshold file: an IF at it, a LIF at it times delta_t."""
     neurons = {threshold_name(name): neuron for name, neuron in neuron_layers(model)}
     if not neurons:
         raise UserError(f"an ANN takes no thresholds, such as those in {path}; choose an SNN")

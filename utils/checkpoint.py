@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UserError, explained, warn
-from utils.foreign import load_run, refuse
+from utils.cli import UserError, explained, refuse, warn
+from utils.foreign import load_run
 
 
 def make_folder(folder, flag="--checkpoint"):
@@ -22,10 +22,7 @@ def make_folder(folder, flag="--checkpoint"):
 
 
 def save(content, path, previous=None, write=torch.save):
-    """Write `content` to `path`: a reader finds the old file or the new one, never a part of one.
-
-    The old one is kept as `previous`, if that is given.
-    """
+    """Write `content`: a reader finds the old file or the new one, never a part; `previous` keeps the old."""
     draft, advice = path.with_name(path.name + ".tmp"), "free some space, then go on with --resume auto"
     with explained(lambda why: f"cannot write {path} ({why}); {advice}", OSError, RuntimeError):
         try:
@@ -35,29 +32,17 @@ def save(content, path, previous=None, write=torch.save):
                 os.fsync(file.fileno())
             if previous and path.exists():
                 previous.unlink(missing_ok=True)
-                keep(path, previous)
+                try:
+                    os.link(path, previous)
+                except OSError:  # a file system without second names
+                    shutil.copyfile(path, previous)
             draft.replace(path)
-            sync_folder(path.parent)
         finally:
             draft.unlink(missing_ok=True)  # of a write that failed
-
-
-def keep(path, copy):
-    """Give a file a second name, or a copy where the file system has no such thing."""
-    try:
-        os.link(path, copy)
-    except OSError:
-        shutil.copyfile(path, copy)
-
-
-def sync_folder(folder):
-    """Put the folder's new names on the disk."""
-    with suppress(PermissionError):  # Windows opens no folders
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        if os.name == "posix":  # put the new names on the disk as well
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def save_text(text, path):
@@ -77,8 +62,7 @@ def find(name, folder):
 def resume(name, files):
     """The checkpoint that `--resume NAME` asks for and where it lay; (None, None) for a fresh start.
 
-    NAME is a file, in the folder of `files` or a path, or `auto`: the newest whole checkpoint of this run, if
-    any.
+    `auto` asks for the newest whole checkpoint of this run, if any.
     """
     if name != "auto":
         path = find(name, files.folder) if name else None
@@ -104,20 +88,14 @@ def started(arguments_file):
 
 
 def load_weights(model, state_dict, path, optional=()):
-    """Copy published or own weights, keys with or without `module.`, into `model`; refuse misfits.
-
-    Keys whose last part is `optional` may be missing.
-    """
+    """Copy weights, keys with or without `module.`, into `model`; refuse misfits but for `optional` names."""
     given, own = {key.removeprefix("module."): x for key, x in state_dict.items()}, model.state_dict()
-    shapes = {key: getattr(given[key], "shape", "?") for key in own if key in given}
-    wrong = [
-        f"{key} is {list(shape)} instead of {list(own[key].shape)}"
-        for key, shape in shapes.items()
-        if shape != own[key].shape
-    ]
+    shapes = {key: getattr(given[key], "shape", "?") for key in own.keys() & given.keys()}
+    shapes = {key: shape for key, shape in shapes.items() if shape != own[key].shape}
+    wrong = [f"{key} is {list(shape)} instead of {list(own[key].shape)}" for key, shape in shapes.items()]
     if not wrong:
         with explained(lambda why: f"{path} does not fit this model: {why}"):  # values that cannot be copied
             missing, unknown = model.load_state_dict(given, strict=False)
-        missing = [key for key in missing if key.rpartition(".")[2] not in optional]
-        wrong = [f"{key} is missing" for key in missing] + [f"{key} is unknown" for key in unknown]
+        wrong = [f"{key} is missing" for key in missing if key.rpartition(".")[2] not in optional]
+        wrong += [f"{key} is unknown" for key in unknown]
     refuse(f"{path} does not fit this model and number of classes", sorted(wrong))

@@ -32,12 +32,16 @@ def require(condition, message):
         raise UserError(message)
 
 
+def refuse(what, wrong):
+    """Raise UserError with the first three of what is `wrong`, if anything is."""
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{what}: {', '.join(wrong[:3])}{more}")
+
+
 @contextmanager
 def explained(explain, *kinds):
-    """Within, an exception of these `kinds` becomes UserError(explain(reason)); by default any but UserError.
-
-    A damaged or foreign file can make its reader fail in any way.
-    """
+    """Within, an exception of these `kinds` (by default any other) becomes UserError(explain(reason))."""
     try:
         yield
     except Exception as error:
@@ -92,10 +96,7 @@ def read_presets(page):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with presets, whose complaints are one line and whose --help has groups of flags.
-
-    `fixed`: the flags that a run which goes on by itself must get as it got them at first.
-    """
+    """An argument parser with presets; `fixed` are the flags that a run which goes on must keep."""
 
     def __init__(self, presets, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
@@ -105,11 +106,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--preset", metavar="NAME", help=text)
 
     def group(self, title, may_change=False):
-        """A function that adds flags to a new group of --help, as add_argument does.
-
-        `may_change`, of a flag or of the group: it says where or how, not what, is computed, so that a
-        resumed run may change it.
-        """
+        """A function that adds flags to a new group of --help; a resumed run may change the `may_change`."""
         group = self.add_argument_group(title)
 
         def add(*flags, may_change=may_change, **settings):
@@ -131,11 +128,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, *, open_low=False, high=None):
-    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`.
-
-    By default `high` is what 32 bits hold, with room for a product.
-    """
-    high = high or (2**31 - 1 if kind is int else 1e30)
+    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
+    high = high or (2**31 - 1 if kind is int else 1e30)  # what 32 bits hold, with room for a product
     noun = "whole number" if kind is int else "number"
 
     def parse(text):

@@ -38,26 +38,18 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """What the programs know of a data set: `load(path, ...)` gives its (training set, test set).
-
-    `inputs`, "images" or "event frames", have `shape`. `classes`: None if its folders say how many. `takes`:
-    which of timesteps and image_size `load` takes.
-    """
+    """What the programs know of a data set; `load(path, timesteps, image_size)` -> (training, test set)."""
 
     load: Callable
-    inputs: str = "images"
-    shape: tuple = (3, 32, 32)
-    classes: int | None = None
-    takes: tuple = ()
+    inputs: str = "images"  # or "event frames"
+    shape: tuple = (3, 32, 32)  # of one
+    classes: int | None = None  # None: the folders say how many
 
 
 def load_data(name, path, timesteps=None, image_size=None):
-    """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole.
-
-    Of event recordings there are `timesteps` frames each; ImageNet's images are cut out at `image_size`.
-    """
-    source, given = DATASETS[name], dict(timesteps=timesteps, image_size=image_size)
-    train, test = source.load(Path(path), **{key: given[key] for key in source.takes})
+    """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole."""
+    source = DATASETS[name]
+    train, test = source.load(Path(path), timesteps=timesteps, image_size=image_size)
     return Data(train, test, source.classes or len(train.classes))
 
 
@@ -66,7 +58,7 @@ def augmentation(*finish, flip=True):
     return t.Compose([t.RandomCrop(32, padding=4), *[t.RandomHorizontalFlip()] * flip, t.ToTensor(), *finish])
 
 
-def cifar(path, dataset, normalize):
+def cifar(path, dataset, normalize, **_):
     """CIFAR-10 or CIFAR-100 as torchvision reads it, downloaded on first use."""
     name, test_steps = dataset.__name__.lower(), t.Compose([t.ToTensor(), normalize])
     advice = f"put {dataset.filename} there"  # no network, a broken download, a path that cannot be written
@@ -77,7 +69,7 @@ def cifar(path, dataset, normalize):
         return train, dataset(path, train=False, transform=test_steps)
 
 
-def imagefolder(path):
+def imagefolder(path, **_):
     """<path>/train/<class>/* and <path>/test/<class>/* (or val/), at any size: resized to 32x32."""
     held_out = path / "test" if (path / "test").is_dir() or not (path / "val").is_dir() else path / "val"
     resize = t.Resize((32, 32))
@@ -85,17 +77,12 @@ def imagefolder(path):
     return read_folders(path / "train", held_out, t.Compose([resize, augmentation(CIFAR10)]), steps)
 
 
-def imagenet(path, image_size):
+def imagenet(path, image_size, **_):
     """<path>/train/<class>/* and <path>/val/<class>/*, cut out at image_size; ImageNet's augmentation."""
     finish = t.ToTensor(), IMAGENET
     augment = t.Compose([t.RandomResizedCrop(image_size), t.RandomHorizontalFlip(), *finish])
     steps = t.Compose([t.Resize(round(image_size * 256 / 224)), t.CenterCrop(image_size), *finish])
     return read_folders(path / "train", path / "val", augment, steps)
-
-
-def unaugmented(data):
-    """The training images of image folders, seen as the test images are."""
-    return read_folder(data.train.root, data.test.transform)
 
 
 def read_folders(train, test, augment, steps):
@@ -135,7 +122,7 @@ class Digits(Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def digits(path):
+def digits(path, **_):
     """scikit-learn's 1,797 handwritten digits, a fifth of each class held out; `path` is not needed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -143,15 +130,15 @@ def digits(path):
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
     train_images, test_images, train_labels, test_labels = split
-    train = Digits(train_images, train_labels, augmentation(DIGITS, flip=False))  # another character
+    train = Digits(train_images, train_labels, augmentation(DIGITS, flip=False))  # mirrored, another one
     return train, Digits(test_images, test_labels, t.Compose([t.ToTensor(), DIGITS]))
 
 
-def cifar10dvs(path, timesteps):
-    """DVS-CIFAR10. Imported on demand: no other data set needs what it needs."""
-    from utils import events
+def cifar10dvs(path, timesteps, **_):
+    """DVS-CIFAR10."""
+    from utils.events import cifar10dvs  # on demand: no other data set needs what it needs
 
-    return events.cifar10dvs(path, timesteps)
+    return cifar10dvs(path, timesteps)
 
 
 DATASETS = {
@@ -159,8 +146,8 @@ DATASETS = {
     "cifar100": Source(partial(cifar, dataset=datasets.CIFAR100, normalize=CIFAR100), classes=100),
     "imagefolder": Source(imagefolder),
     "digits": Source(digits, classes=10),
-    "CIFAR10DVS": Source(cifar10dvs, "event frames", (2, 48, 48), takes=("timesteps",)),
-    "imagenet": Source(imagenet, shape=(3, 224, 224), takes=("image_size",)),
+    "CIFAR10DVS": Source(cifar10dvs, "event frames", (2, 48, 48)),
+    "imagenet": Source(imagenet, shape=(3, 224, 224)),
 }
 
 
@@ -199,10 +186,7 @@ class SeededDataset(Dataset):
 
 
 def train_loader(dataset, *, batch_size, workers, seed, pin_memory):
-    """Batches in an order drawn from (seed, epoch); `loader.sampler.start(epoch)` starts an epoch.
-
-    Of each `batch_size` samples in this order every process gets its share.
-    """
+    """Batches in an order drawn from (seed, epoch) and shared by all processes; see `EpochSampler`."""
     # The sampler adds the epoch to its seed: runs with neighbouring seeds must not share orders.
     sampler = EpochSampler(dataset, num_replicas=world_size(), rank=rank(), seed=mix_seed(seed) >> 1)
     share = batch_size // world_size()

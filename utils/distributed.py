@@ -57,14 +57,6 @@ def gather(value):
     return values
 
 
-def agree(arguments):
-    """Refuse a dict that differs between the processes."""
-    first, *others = gather(arguments)
-    differing = [key for key, value in first.items() if any(other[key] != value for other in others)]
-    if differing:
-        raise UserError(f"the processes got different {', '.join(differing)}; start them alike")
-
-
 def share(value, source=0):
     """The value of rank `source`, in every process."""
     return gather(value)[source]
@@ -74,12 +66,12 @@ def share(value, source=0):
 def first_on_each_machine():
     """One process of each machine runs the body before the others do: it prepares what they then find."""
     waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if dist.is_initialized() and waits:
+    if waits:
         with explained(lambda _: "the first process of this machine has ended", RuntimeError):
-            dist.barrier()
+            gather(None)
     yield
-    if dist.is_initialized() and not waits:
-        dist.barrier()
+    if not waits:
+        gather(None)
 
 
 def parallel(model, device):

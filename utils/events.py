@@ -38,7 +38,9 @@ def cifar10dvs(root, timesteps):
         if not events.is_dir():
             unpack(root, events)
         cached = {folder / file.parent.name / f"{file.stem}.npy": file for file in events.glob("*/*.aedat")}
-        build_frames([pair for pair in cached.items() if is_stale(*pair)], timesteps)
+        age = {frames: frames.stat().st_mtime_ns if frames.exists() else 0 for frames in cached}
+        stale = {frames: file for frames, file in cached.items() if age[frames] < file.stat().st_mtime_ns}
+        build_frames(list(stale.items()), timesteps)
 
     def split(held_out, transform=None):
         def belongs(path):
@@ -76,10 +78,6 @@ def unpack(root, events):
         for name, _, _ in tqdm(sources, desc="unpacking", disable=None, leave=False):
             extract_archive(root / name, draft)
         draft.rename(events)
-
-
-def is_stale(cached, recording):
-    return not cached.exists() or cached.stat().st_mtime_ns < recording.stat().st_mtime_ns
 
 
 def build_frames(pairs, timesteps):

@@ -2,12 +2,11 @@
 
 import math
 import zipfile
-from math import inf
 
 import numpy as np
 import torch
 
-from utils.cli import UserError, explained
+from utils.cli import explained, refuse, require
 
 
 def read(path):
@@ -30,26 +29,26 @@ def inspect(content):
         claimed = content.numel() * content.element_size()  # a stride of 0 makes terabytes of a few bytes
         if content.layout != torch.strided or content.is_meta or claimed > content.untyped_storage().nbytes():
             raise ValueError("a tensor claims more elements than are stored")
-    elif isinstance(content, dict):
-        if not all(is_plain(key) and str(key).isprintable() and len(str(key)) < 200 for key in content):
+    elif isinstance(content, (dict, list, tuple)):
+        names = content if isinstance(content, dict) else ()
+        if not all(is_plain(name) and len(str(name)) < 200 for name in names):
             raise ValueError("a name that cannot be printed")
-        inspect(list(content.values()))
-    elif isinstance(content, (list, tuple)):
-        for value in content:
+        for value in content.values() if names else content:
             inspect(value)
 
 
 def is_plain(value):
-    """Whether a command line can give it."""
-    return value is None or isinstance(value, (str, float)) or isinstance(value, int) and abs(value) < 2**63
+    """Whether a command line can give it, and a line can show it."""
+    text = isinstance(value, str) and value.isprintable()
+    return value is None or text or isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
 
 
 def load(path):
     """The checkpoint in `path`, on the CPU; raises UserError unless it is a whole one."""
     content = read(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path} is not a checkpoint: it holds no state_dict; give another file")
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    require(named, f"{path} is not a checkpoint: it holds no state_dict; give another file")
     return content
 
 
@@ -68,16 +67,17 @@ def load_run(path, accuracy):
         seed, values = content["args"].get("manualSeed", 0), [content.get("arch"), *content["args"].values()]
         if not (all(map(is_plain, values)) and isinstance(seed, int) and seed >= 0):
             raise ValueError
-        for key, n in (("log", 5), ("sums", 4)):
-            if key in content:
-                content[key] = numbers(content[key], n)
+        if "log" in content:
+            content["log"] = numbers(content["log"], 5)
+        if "sums" in content:
+            (content["sums"],) = numbers([content["sums"]], 4)
     return content
 
 
 def numbers(rows, n):
     """Rows of n numbers as lists of floats that can be drawn; ValueError or TypeError for anything else."""
     table = np.asarray(rows, dtype=np.float64)
-    if table.size and table.shape[-1:] != (n,) or ((abs(table) > 1e30) & (abs(table) < inf)).any():
+    if len(table) and table.shape[1:] != (n,) or ((abs(table) > 1e30) & (abs(table) < math.inf)).any():
         raise ValueError(f"a row without {n} numbers")
     return table.tolist()
 
@@ -91,8 +91,7 @@ def read_log(path):
 def read_thresholds(path, layers):
     """Layer -> threshold, from a file of just these layers; official ones, with 1-tuples of a tensor, too."""
     content = read(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no thresholds; write them by --calculate_Vth")
+    require(isinstance(content, dict), f"{path} holds no thresholds; write them by --calculate_Vth")
     values = {name: number(content[name]) for name in layers if name in content}
     wrong = [f"{name} is missing" for name in layers if name not in content]
     wrong += [f"{str(name)[:60]} is unknown" for name in content if name not in layers]
@@ -105,16 +104,9 @@ def number(value):
     """A float from a number, a tensor of one element or a 1-tuple of it; NaN for anything else."""
     value = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
     try:
-        return float("nan" if isinstance(value, (str, bytes)) else value)
+        return math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # nothing, too large, or complex
         return math.nan
-
-
-def refuse(what, wrong):
-    """Raise UserError with the first three of what is `wrong`, if anything is."""
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{what}: {', '.join(wrong[:3])}{more}")
 
 
 def check_optimizer(optimizer):
@@ -123,7 +115,6 @@ def check_optimizer(optimizer):
     for parameter, state in optimizer.state.items():
         for name in names if state else ():
             value, shape = state[name], torch.Size() if name == "step" else parameter.shape
-            if value is None and name == "momentum_buffer":  # of a run without momentum
-                continue
-            if value.shape != shape or not value.is_floating_point():
+            lacking = value is None and name == "momentum_buffer"  # of a run without momentum
+            if not lacking and (value.shape != shape or not value.is_floating_point()):
                 raise ValueError(f"a {name} of shape {list(value.shape)}, not {list(shape)}")

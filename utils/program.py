@@ -8,7 +8,7 @@ import torch
 
 from utils import checkpoint, distributed
 from utils.cli import UserError, number, require, warn
-from utils.data import test_loader, train_loader
+from utils.data import load_data, test_loader, train_loader
 from utils.statistics import neuron_layers
 from utils.training import Run, evaluate
 
@@ -19,9 +19,9 @@ count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 
 
-def add_flags(parser, *, models, model_flags, seed_flag, backwards, **defaults):
-    """The flags of every program, in groups; each program has `defaults` of its own."""
-    add = parser.group("network")
+def add_flags(parser, *, models, model_flags, seed_flag, backwards, neurons, **defaults):
+    """The flags of every program, in groups; each has `defaults` of its own, those of `neurons` among them."""
+    add = parser.group("network and neurons")
     add(*model_flags, dest="model", choices=models, metavar="NAME", help="one of: " + ", ".join(models))
     add("--timesteps", type=count, metavar="T", help="time steps, 1 or more: the latency")
     add("--Vth", type=positive, help="initial threshold, in the unit of the currents; above 0")
@@ -50,9 +50,9 @@ def add_flags(parser, *, models, model_flags, seed_flag, backwards, **defaults):
     text = "a mask a time step, as published (training then unrolls time), or one shared by all"
     add("--dropout_mask", choices=("step", "shared"), default="step", help=text)
     add("--compile", action="store_true", may_change=True, help="time loops through torch.compile")
-    text = "only operations that give the same result every time, on GPUs too"
-    add("--deterministic", action="store_true", may_change=True, help=text)
-    parser.set_defaults(**dict(print_freq=0, warmup_within_first_epoch=False) | defaults)
+    add("--deterministic", action="store_true", may_change=True, help="only operations that repeat exactly")
+    settings = {name: neurons[name] for name in NEURON_SETTINGS}
+    parser.set_defaults(**settings | dict(warmup_within_first_epoch=False) | defaults)
 
 
 def add_run_flags(add, seed_flag):
@@ -61,33 +61,41 @@ def add_run_flags(add, seed_flag):
     add(seed_flag, dest="manualSeed", type=number(int, 0, high=2**63 - 1), metavar="SEED", help=text)
     add("-c", "--checkpoint", default="./checkpoint", help="files go to a folder of the data set in it")
     add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
-    text = "also write a checkpoint every N iterations within an epoch; 0: none"
-    add("--save_every", type=natural, default=0, metavar="N", help=text)
+    add("--save_every", type=natural, default=0, metavar="N", help="a checkpoint every N iterations; 0: none")
+    add("-p", "--print-freq", type=natural, default=0, metavar="N", help="a line every N iterations; 0: none")
     add("-e", "--evaluate", action="store_true", help="only test the model")
     add("--rate_stat", type=int, choices=(0, 1), default=0, help="1: --evaluate saves firing rates")
-    text = "processes that load data besides the program's own, 0 to 256"
-    add("-j", "--workers", type=number(int, 0, high=256), default=4, help=text)
+    add("-j", "--workers", type=number(int, 0, high=256), default=4, help="processes to load data, 0 to 256")
     add("--pin_memory", action="store_true", help="load batches into page-locked memory (GPU)")
 
 
-def run(args, *, files, device, fixed, load, create_model, prepare=None):
-    """Train or evaluate as the flags say, in one process or several. Raises UserError.
+def load(args):
+    """The Data of a run with these arguments."""
+    return load_data(args.dataset, args.path, args.timesteps, getattr(args, "image_size", None))
 
-    `fixed`: the flags that a run must keep when it goes on by itself; `load()` -> Data; `prepare(model)`
-    gives a model its first weights and says whether they are trained.
+
+def run(args, *, files, device, fixed, create_model, prepare=None):
+    """Train or evaluate as the flags say; a run that goes on must keep the `fixed` ones. Raises UserError.
+
+    `prepare(model)` gives a model its first weights and says whether they are trained.
     """
     validate(args)
     resumed, source = resume(args, files, fixed)
     torch.manual_seed(args.manualSeed)
-    make_deterministic(args.deterministic)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     with distributed.first_on_each_machine():
-        data = load()
-    print(f"data: {files.folder.name}, {data}")
+        data = load(args)
+    print(f"data: {args.dataset}, {data}")
     model = build_model(args, data.classes, device, create_model)
     trained = bool(resumed)
     if resumed:
         checkpoint.load_weights(model, resumed["state_dict"], source)
-        print(f"resumed from {source}: {progress(resumed)}")
+        steps = f" and {resumed['iteration']} iterations" if resumed["iteration"] else ""
+        best = f", best top-1 {resumed['best_acc']:.2f} %" if resumed["best_acc"] >= 0 else ""
+        print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}")
     elif prepare is not None:
         trained = prepare(model)
     loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
@@ -121,7 +129,10 @@ def validate(args):
 def resume(args, files, fixed):
     """The checkpoint to go on from and where it lay, or (None, None); completes the seed and the start."""
     resumed, source = checkpoint.resume(args.resume, files)
-    distributed.agree(vars(args) | dict(resumed=resumed and (resumed["epoch"], resumed["iteration"])))
+    mine = vars(args) | dict(resumed=resumed and (resumed["epoch"], resumed["iteration"]))
+    differing = {name for other in distributed.gather(mine) for name in mine if other[name] != mine[name]}
+    differing = ", ".join(sorted(differing))
+    require(not differing, f"the processes got different {differing}; start them alike")
     earlier = resumed["args"] if resumed else {}
     seed, now = distributed.share((random.randint(1, 10000), datetime.now().isoformat()))
     if args.manualSeed is None:
@@ -151,13 +162,6 @@ def compare(args, resumed, source, fixed):
         resumed["iteration"] = 0
 
 
-def make_deterministic(wanted):
-    torch.backends.cudnn.benchmark = not wanted
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 def build_model(args, classes, device, create_model):
     """The network of the flags, on the device."""
     settings = {name: getattr(args, name) for name in MODEL_SETTINGS}
@@ -171,13 +175,6 @@ def build_model(args, classes, device, create_model):
     if args.sync_bn and distributed.world_size() > 1:
         model.synchronize()
     return model
-
-
-def progress(resumed):
-    """How far the run of a checkpoint had come, in words."""
-    steps = f" and {resumed['iteration']} iterations" if resumed["iteration"] else ""
-    best = f", best top-1 {resumed['best_acc']:.2f} %" if resumed["best_acc"] >= 0 else ""
-    return f"{resumed['epoch']} epochs{steps}{best}"
 
 
 def report(model, loader, device, precision, firing_rate_file):

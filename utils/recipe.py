@@ -36,8 +36,7 @@ def cosine(epoch, epochs):
 def warmup_cosine(optimizer, *, lr, epochs, steps_per_epoch, warmup, first_step=0, within=False):
     """Per-epoch cosine, times (step+1)/warmup over the first `warmup` steps of the run; stepped once a batch.
 
-    A resumed run starts at `first_step` of the same curve, so that its warm-up is not repeated. `within` the
-    first epoch, the warm-up ends with it, as in the official ImageNet program.
+    Resumed runs start at `first_step`; `within`: warm-up ends with the first epoch, officially on ImageNet.
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = lr

@@ -33,10 +33,7 @@ class RunFiles:
 
 
 class Recorder:
-    """Writes the log, the curves and TensorBoard's files of a run that starts or goes on at `first_epoch`.
-
-    `rows` are the log's so far, from the checkpoint that the run goes on from; None for a fresh start.
-    """
+    """Writes log, curves and TensorBoard's files from `first_epoch` on; `rows` so far, None at the start."""
 
     def __init__(self, files, first_epoch, rows):
         self.files, self.rows = files, list(rows or [])

@@ -1,17 +1,17 @@
 """What a trained spiking network does beside its accuracy: spikes, operations, energy, representation error.
 
-An *accumulate* is one spike that arrives at one synapse: spikes times fan-out, borders and strides exactly
-counted. An average pool moves into the weights behind it, so that each spike that enters it counts at every
-synapse behind. What no neuron layer has emitted, the input, is real-valued: multiply-accumulates, of its
-entries that are not zero. A still image's first currents are the same for all steps and count once. Not
-counted, in the SNN and the ANN alike: pools, batch norms (which fold into the weights), sums and activations.
+The paper's claim: every layer fires at most 20 %, all together 7.5 to 9.5 %. Representation error: the mean
+of |representation of the spikes - clamp(representation of the input)|; a layer's maximum is what a spike at
+every step represents. Accumulates, 0.9 pJ each: spikes times fan-out, borders and strides exactly counted; an
+average pool counts as part of the weights behind it, so that each spike that enters it counts at every
+synapse behind. Multiply-accumulates, 4.6 pJ each: the first layer, on what of its real-valued input is not
+zero, once for a still image. 45 nm; an estimate of arithmetic alone, without memory. Not counted, in the SNN
+and the ANN alike: pools, batch norms (which fold into the weights), sums and activations.
 """
 
 import math
 import time
 from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,36 +26,8 @@ from utils.statistics import published_name, unrolled
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9e-6, 4.6e-6  # microjoules, 45 nm, 32-bit floats (Horowitz, ISSCC 2014)
 
 
-@dataclass
-class Measurement:
-    """Of one pass over a test set. Operations are means an image; energies in microjoules an image."""
-
-    timesteps: int
-    images: int
-    accuracy: float  # percent
-    rates: dict  # layer -> fraction of (sample, neuron, step) that fired
-    overall: float  # the same of all layers together
-    errors: dict  # layer -> mean |representation of the spikes - clamp(representation of the input)|
-    relative: dict  # the same in units of the clamp's upper end, the representation of a spike a step
-    accumulates: float
-    multiplies: float
-    dense: float  # multiply-accumulates of the ANN of the same shape
-    milliseconds: float  # an image, in batches; on this machine
-
-    @property
-    def energy(self):
-        return ACCUMULATE * self.accumulates + MULTIPLY_ACCUMULATE * self.multiplies
-
-    @property
-    def dense_energy(self):
-        return MULTIPLY_ACCUMULATE * self.dense
-
-
 class Counter:
-    """A hook of every module's forward pass: `sums[what][layer]` is what `measure` needs, over all passes.
-
-    `units`: what one spike amounts to in a tensor of spikes, on through pools and reshapes.
-    """
+    """A hook of every forward pass; `units`: what a spike amounts to in a tensor, on through pools."""
 
     def __init__(self, model):
         self.names = {module: published_name(name) for name, module in model.named_modules()}
@@ -88,24 +60,13 @@ class Counter:
             self.sums[what][name] += float(value)
 
 
-@contextmanager
-def watch(model):
-    """While open, counts what `measure` needs in a dict what -> layer -> sum, over unrolled passes.
-
-    By a hook of all modules there are, as a network may make a pool or a Flatten in passing.
-    """
-    counter = Counter(model)
-    with unrolled(model), nn.modules.module.register_module_forward_hook(counter):
-        yield counter.sums
-
-
 def fan_out(layer, x, output):
     """How many outputs of one image each of its inputs feeds, in the shape of the inputs."""
     if isinstance(layer, nn.Linear):
         return x.new_full(x.shape[1:], layer.out_features).double()
-    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-    ones = torch.ones_like(layer.weight), torch.ones_like(output[:1])
-    return nn.grad.conv2d_input(x[:1].shape, *ones, *geometry)[0].double().round()
+    geometry = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
+    weight, fed = torch.ones_like(layer.weight), torch.ones_like(output[:1])
+    return nn.grad.conv2d_input(x[:1].shape, weight, fed, **geometry)[0].double().round()
 
 
 def window(pool, x, output):
@@ -117,33 +78,40 @@ def window(pool, x, output):
     return math.prod(i // o if i % o == 0 else int(o % i == 0) for i, o in sides)
 
 
-@torch.no_grad()
-def measure(model, batches):
-    """A Measurement of `model` on `batches`, an iterable of (images, labels) on its device."""
-    model.eval()
-    hits = n = 0
-    with watch(model) as sums:
-        for images, labels in batches:
-            hits, n = hits + (model(images).argmax(1) == labels).sum(), n + len(labels)
-    times = []
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        float(model(images).sum())  # waits for a GPU
-        times.append(1000 * (time.perf_counter() - start) / len(images))
-    fired, possible, neurons = sums["fired"], sums["possible"], sums["neurons"]
-    return Measurement(
-        timesteps=model.timesteps,
-        images=n,
-        accuracy=100 * float(hits) / n,
-        rates={layer: fired[layer] / possible[layer] for layer in fired},
-        overall=sum(fired.values()) / max(sum(possible.values()), 1),
-        errors={layer: error / neurons[layer] for layer, error in sums["error"].items()},
-        relative={layer: error / neurons[layer] for layer, error in sums["relative"].items()},
-        accumulates=sum(sums["spikes"].values()) / n,
-        multiplies=sum(sums["real"].values()) / n / (model.timesteps if images.dim() == 4 else 1),
-        dense=sum(sums["dense"].values()),
-        milliseconds=sorted(times[1:])[1],
-    )
+class Measurement:
+    """Of one pass over batches (images, labels) of a test set. Operations and energies (µJ) are per image."""
+
+    @torch.no_grad()
+    def __init__(self, model, batches):
+        model.eval()
+        self.timesteps, self.images, hits, times = model.timesteps, 0, 0, []
+        counter = Counter(model)
+        # A hook of all modules there are, as a network may make a pool or a Flatten in passing.
+        with unrolled(model), nn.modules.module.register_module_forward_hook(counter):
+            for images, labels in batches:
+                hits += int((model(images).argmax(1) == labels).sum())
+                self.images += len(labels)
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            float(model(images).sum())  # waits for a GPU
+            times.append(1000 * (time.perf_counter() - start) / len(images))
+        sums = counter.sums
+        fired, possible, neurons = sums["fired"], sums["possible"], sums["neurons"]
+        self.milliseconds = sorted(times[1:])[1]  # an image, in batches; on this machine
+        self.accuracy = 100 * hits / self.images  # percent
+        # Layer -> fraction of (sample, neuron, step) that fired; the same of all layers together.
+        self.rates = {layer: fired[layer] / possible[layer] for layer in fired}
+        self.overall = sum(fired.values()) / max(sum(possible.values()), 1)
+        # Layer -> mean |representation of the spikes - clamp(representation of the input)|; the same in units
+        # of the clamp's upper end, the representation of a spike a step.
+        self.errors = {layer: error / neurons[layer] for layer, error in sums["error"].items()}
+        self.relative = {layer: error / neurons[layer] for layer, error in sums["relative"].items()}
+        self.accumulates = sum(sums["spikes"].values()) / self.images
+        repeats = self.timesteps if images.dim() == 4 else 1  # of a still image
+        self.multiplies = sum(sums["real"].values()) / self.images / repeats
+        self.dense = sum(sums["dense"].values())  # multiply-accumulates of the ANN of the same shape
+        self.energy = ACCUMULATE * self.accumulates + MULTIPLY_ACCUMULATE * self.multiplies
+        self.dense_energy = MULTIPLY_ACCUMULATE * self.dense
 
 
 # The columns of the table over T.
@@ -159,18 +127,10 @@ COLUMNS = {
     "energy µJ": lambda m: f"{m.energy:.4g}",
     "of the ANN's energy": lambda m: f"{m.energy / m.dense_energy:.1%}",
 }
-NOTES = """\
-The paper's claim: every layer fires at most 20 %, all together 7.5 to 9.5 %. Representation error: the mean
-of |representation of the spikes - clamp(representation of the input)|; a layer's maximum is what a spike at
-every step represents. Accumulates, 0.9 pJ each: spikes times fan-out. Multiply-accumulates, 4.6 pJ each: the
-first layer, on real-valued input, once for a still image. 45 nm; an estimate of arithmetic alone, without
-memory. An average pool counts as part of the weights behind it; batch norms, sums and activations do not
-count.
-"""
 
 
 def make_page(file, text, measured, trained, chain):
-    """Write the Markdown page `file` and its picture. `measured`: Measurements; `trained`: the T of one.
+    """Write the page `file` and its picture, of Measurements, one of them with T=`trained`.
 
     `chain`: None or (the ANN's accuracy, Measurements of the SNN straight after conversion, perhaps none).
     """
@@ -189,7 +149,7 @@ def make_page(file, text, measured, trained, chain):
         (layer, f"{100 * rate:.2f}", f"{main.errors[layer]:.4g}", f"{100 * main.relative[layer]:.2f}")
         for layer, rate in main.rates.items()
     ]
-    lines += [f"## Layers at T={trained}", "", *markdown(head, layers), "", NOTES]
+    lines += [f"## Layers at T={trained}", "", *markdown(head, layers), "", __doc__]
     save_text("\n".join(lines), file)
 
 

@@ -5,7 +5,6 @@ import platform
 import shlex
 import statistics
 import subprocess
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -18,38 +17,15 @@ from utils.records import RunFiles
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass
 class Outcome:
-    """One run: its arguments, its epochs (rows of the log) and its sessions."""
+    """What the run of the arguments `file` has left; `epochs` are the rows of its log, the accuracy last."""
 
-    args: dict
-    files: RunFiles
-    epochs: list
-    sessions: list
-
-    @property
-    def last(self):
-        return self.epochs[-1][-1]
-
-    @property
-    def best(self):
-        return max(epoch[-1] for epoch in self.epochs)
-
-    @property
-    def data(self):
-        name = self.args.get("dataset", "imagenet")
-        return f"{name} ({Path(self.args['path']).name})" if name in ("imagefolder", "imagenet") else name
-
-
-def read_outcome(file):
-    """The Outcome of the run with the arguments `file`, or None if it has no epochs or `file` is no run's."""
-    if file.name.endswith(".run.json"):
-        return None
-    with explained(lambda why: f"{file} is damaged ({why}); remove it"):
-        args = json.loads(file.read_text())
-    files = RunFiles(file.parent, file.stem)
-    epochs = epochs_done(files, args.get("epochs", 0))
-    return Outcome(args, files, epochs, read_sessions(files.session)) if epochs else None
+    def __init__(self, file):
+        with explained(lambda why: f"{file} is damaged ({why}); remove it"):
+            self.args = json.loads(file.read_text())
+        self.files = RunFiles(file.parent, file.stem)
+        self.epochs = epochs_done(self.files, self.args.get("epochs", 0))
+        self.sessions = read_sessions(self.files.session)
 
 
 def epochs_done(files, epochs):
@@ -57,8 +33,7 @@ def epochs_done(files, epochs):
     rows = foreign.read_log(files.log) if files.log.exists() else []
     if files.checkpoint.exists() and len(rows) < epochs:
         content = foreign.load(files.checkpoint)
-        started = content.get("args", {}).get("started")
-        if started == checkpoint.started(files.arguments):  # not an earlier run's
+        if content.get("args", {}).get("started") == checkpoint.started(files.arguments):  # not of before
             rows = content.get("log", rows)
     return rows
 
@@ -101,8 +76,11 @@ def commit():
 
 def spread(values):
     """Mean and, of several, standard deviation."""
-    values = list(values)
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if values[1:] else "")
+
+
+def last_accuracy(outcomes):
+    return spread([outcome.epochs[-1][-1] for outcome in outcomes])
 
 
 def markdown(head, rows):
@@ -122,16 +100,10 @@ the end."""
 
 
 def make_page(rows, found):
-    """The Markdown. `rows`: row -> (paper's figure, name of its runs); `found`: (name, departures) ->
-    Outcomes, where departures is an empty text for the row's own runs.
-    """
+    """`rows`: row -> (paper's figure, name of its runs); `found`: (name, departures or "") -> Outcomes."""
     head = ["paper", "last epoch", "best epoch", "n", "epochs", "data"]
     full = [[row, paper, *figures(found.get((name, ""), []))] for row, (paper, name) in rows.items()]
-    other = [
-        [name, departures, rows[name][0], *figures(outcomes)]
-        for (name, departures), outcomes in found.items()
-        if departures
-    ]
+    other = [[*key, rows[key[0]][0], *figures(outcomes)] for key, outcomes in found.items() if key[1]]
     how = [[name, text or "none", *conditions(outcomes).values()] for (name, text), outcomes in found.items()]
     lines = [INTRODUCTION, "", "## The paper's rows", "", *markdown(["row", *head], full)]
     lines += ["", "## Runs that depart from their row", "", "They say nothing about the paper's figure.", ""]
@@ -144,10 +116,13 @@ def figures(outcomes):
     """The cells of a row after the paper's figure."""
     if not outcomes:
         return ["-"] * 5
-    epochs = sorted({len(outcome.epochs) for outcome in outcomes})
-    data = sorted({outcome.data for outcome in outcomes})
-    accuracies = [spread(o.last for o in outcomes), spread(o.best for o in outcomes)]
-    return [*accuracies, len(outcomes), ", ".join(map(str, epochs)), ", ".join(data)]
+    best = spread([max(row[-1] for row in outcome.epochs) for outcome in outcomes])
+    epochs, data = {str(len(outcome.epochs)) for outcome in outcomes}, set()
+    for outcome in outcomes:
+        name, folder = outcome.args.get("dataset", "imagenet"), Path(outcome.args["path"]).name
+        data.add(f"{name} ({folder})" if name in ("imagefolder", "imagenet") else name)
+    epochs, data = ", ".join(sorted(epochs, key=int)), ", ".join(sorted(data))
+    return [last_accuracy(outcomes), best, len(outcomes), epochs, data]
 
 
 def conditions(outcomes):
@@ -168,10 +143,9 @@ def conditions(outcomes):
 
 def read_scalars(folder):
     """(tag, values) of TensorBoard's scalars in `folder`, none if there is no such folder."""
-    if not folder.is_dir():
-        return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    if folder.is_dir():
+        events.Reload()
     return [(tag, [scalar.value for scalar in events.Scalars(tag)]) for tag in events.Tags()["scalars"]]

@@ -34,10 +34,7 @@ class StopRequest:
 
 
 def leave_group(_worker):
-    """In a worker that loads data: what a terminal or launcher sends to all processes is for the run alone.
-
-    Its own SIGTERM still ends it: that is how Python clears up behind a program.
-    """
+    """In a worker that loads data: what is sent to all processes is for the run; SIGTERM still ends it."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     for number in set(SIGNALS) - {signal.SIGTERM}:

@@ -1,10 +1,12 @@
-"""What layers do: firing rates and thresholds of the modules that hold a `Vth`, and where a NaN began."""
+"""What layers do: firing rates of the modules that hold a `Vth`, where a NaN began; and peak memory."""
 
+import platform
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
 
 
 def neuron_layers(model):
@@ -24,25 +26,18 @@ def threshold_name(layer):
     return published_name(layer).replace("relu", "storein")
 
 
-def thresholds(model):
-    return {name: neuron.Vth.item() for name, neuron in neuron_layers(model)}
-
-
 @contextmanager
 def count_spikes(model):
     """While open, counts [spikes, opportunities to spike] of each layer, for `firing_rates`."""
     neurons = dict(neuron_layers(model))
     counts = {name: torch.zeros(2, dtype=torch.long, device=n.Vth.device) for name, n in neurons.items()}
 
-    def counter(name):
-        def count(spikes):
-            fired = spikes.count_nonzero()
-            counts[name] += torch.stack([fired, torch.full_like(fired, spikes.numel())])
-
-        return count
+    def count(name, spikes):
+        fired = spikes.count_nonzero()
+        counts[name] += torch.stack([fired, torch.full_like(fired, spikes.numel())])
 
     for name, neuron in neurons.items():
-        neuron.observer = counter(name)
+        neuron.observer = partial(count, name)
     try:
         yield counts
     finally:
@@ -73,16 +68,25 @@ def not_finite(state):
 @torch.no_grad()
 def first_not_finite(model, images):
     """The parameter, or else the first module of the forward pass, with a NaN or an infinity; or None."""
-    found = not_finite(dict(model.named_parameters()))
+    found, names = not_finite(dict(model.named_parameters())), {m: name for name, m in model.named_modules()}
 
-    def look(_module, _inputs, output, name):
-        if torch.is_tensor(output) and not output.isfinite().all():
-            found.append(name)
+    def look(module, _inputs, output):
+        if names.get(module) and torch.is_tensor(output) and not output.isfinite().all():
+            found.append(names[module])
 
-    with unrolled(model), ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if name:
-                hooks.enter_context(module.register_forward_hook(partial(look, name=name)))
+    with unrolled(model), nn.modules.module.register_module_forward_hook(look):
         if not found:
             model(images)
     return found[0] if found else None
+
+
+def peak_memory(device):
+    """What -> the most memory this process has had, in MB (2^20 bytes): a GPU's tensors, or all; if known."""
+    if device.type == "cuda":
+        return {"peak memory (MB)": torch.cuda.max_memory_allocated(device) / 2**20}
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return {}
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return {"peak memory (MB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}

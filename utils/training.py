@@ -1,15 +1,12 @@
 """The training loop of every program."""
 
 import json
-import math
 import platform
 import time
-from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import checkpoint, statistics
@@ -18,7 +15,7 @@ from utils.data import mix_seed
 from utils.distributed import any_process, parallel, rank, same_buffers, share, total
 from utils.foreign import read_log
 from utils.recipe import cosine, load_optimizer, make_optimizer, warmup_cosine
-from utils.records import Recorder, RunFiles
+from utils.records import Recorder
 from utils.signals import StopRequest
 
 LOWER = "go on from the last checkpoint with a lower --lr (--resume FILE)"
@@ -38,10 +35,7 @@ class Result:
 
 
 class Metrics:
-    """Sums of loss, hits and samples, kept on the device so that a step does not wait for the host.
-
-    `earlier`: the sums of the first part of a pass that goes on here.
-    """
+    """Sums of loss, hits and samples, kept on the device; `earlier` ones of a pass that goes on here."""
 
     def __init__(self, device, earlier=None):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -79,7 +73,7 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def train_steps(network, loader, optimizer, schedule, metrics, *, device, title, precision, first):
+def train_steps(network, *, loader, optimizer, schedule, metrics, device, title, precision, first):
     """Train on the batches of an epoch from number `first` on; after each, yields how many are done."""
     network.train()
     for step, (images, labels) in enumerate(batches(loader, device, title, metrics, first), start=first):
@@ -107,10 +101,7 @@ def train_steps(network, loader, optimizer, schedule, metrics, *, device, title,
 
 @torch.no_grad()
 def evaluate(model, loader, device, precision="fp32", stop=None):
-    """One pass over the test set, without gradients. -> Result, layer -> firing rate
-
-    Raises Stopped when the StopRequest `stop` has met a signal.
-    """
+    """One pass over the test set. -> Result, layer -> firing rate. Raises Stopped if `stop` met a signal."""
     model.eval()
     metrics, turns = Metrics(device), share(len(loader), source=-1)  # the last process has the fewest
     with statistics.count_spikes(model) as counts:
@@ -132,46 +123,23 @@ def warn_if_silent(model):
         warn(f"the gradient of the first batch is exactly zero at the first layer; {hint}")
 
 
-def peak_memory(device):
-    """The most memory this process has had, in MB (2^20 bytes): a GPU's tensors, or all; NaN if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return math.nan
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-@dataclass
 class Run:
-    """A run of training, from its start or, after `go_on`, from where a checkpoint left it.
+    """A run of training: `epoch` counts the epochs that are done, `step` the steps of the next one.
 
-    `epoch` counts the epochs that are done, `step` the steps of the next one, `sums` are of these steps; all
-    that is random is drawn from (seed, epoch, step or sample), so that these numbers are the state of every
-    random generator.
+    All that is random is drawn from (seed, epoch, step or sample): they are the state of every generator.
     """
 
-    args: Namespace
-    files: RunFiles
-    device: torch.device
-    model: torch.nn.Module
-    train_loader: DataLoader
-    test_loader: DataLoader
-
-    def __post_init__(self):
-        args, loader = self.args, self.train_loader
-        smallest = len(loader.sampler) % loader.batch_size or loader.batch_size
+    def __init__(self, *, args, files, device, model, train_loader, test_loader):
+        self.args, self.files, self.device, self.model = args, files, device, model
+        self.train_loader, self.test_loader, self.steps = train_loader, test_loader, len(train_loader)
+        smallest = len(train_loader.sampler) % train_loader.batch_size or train_loader.batch_size
         lonely = "batch norm cannot work on one image at one time step; use another batch size"
-        require(smallest * self.model.timesteps > 1, lonely)
-        recipe = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-        parameters = self.model.parameters()
-        self.optimizer = make_optimizer(args.optimizer, parameters, nesterov=args.nesterov, **recipe)
-        self.steps, self.epoch, self.step, self.sums = len(loader), args.start_epoch, 0, None
+        require(smallest * model.timesteps > 1, lonely)
+        recipe = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        self.optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
+        self.epoch, self.step, self.sums = args.start_epoch, 0, None
         self.best_acc, self.rows = -1.0, None  # the first epoch makes this run's first best
-        self.recorder = None  # of rank 0, which alone writes
-        self.warned = set()
+        self.recorder, self.warned = None, set()  # the recorder is rank 0's, which alone writes
 
     def go_on(self, resumed, source):
         """Take over the state of a checkpoint that lay at `source`."""
@@ -224,9 +192,10 @@ class Run:
         """Train on what is left of the epoch, with a checkpoint after every --save_every steps. -> Result"""
         args, title = self.args, f"epoch {self.epoch + 1}/{self.args.epochs}"
         self.train_loader.sampler.start(self.epoch, self.step * self.train_loader.batch_size)
-        parts = self.network, self.train_loader, self.optimizer, self.schedule, metrics
+        parts = dict(loader=self.train_loader, optimizer=self.optimizer, schedule=self.schedule)
         how = dict(device=self.device, title=title, precision=args.precision, first=self.step)
-        for self.step in train_steps(*parts, **how):
+        steps = train_steps(self.network, metrics=metrics, **parts, **how)
+        for self.step in steps:
             if number := stop.signal():
                 raise Stopped(number)
             if args.save_every and self.step % args.save_every == 0:
@@ -240,12 +209,14 @@ class Run:
         args, epoch, neurons = self.args, self.epoch - 1, dict(statistics.neuron_layers(self.model))
         silent = [layer for layer in neurons if not rates[layer]]
         low = [layer for layer, neuron in neurons.items() if neuron.Vth <= neuron.Vth_bound]
-        self.warn_once("no spike on the test set", silent)
-        self.warn_once("a threshold at --Vth_bound", low)
-        layers = dict(thresholds=statistics.thresholds(self.model), firing_rates=rates)
-        costs = {"seconds an epoch": seconds, "peak memory (MB)": peak_memory(self.device)}
+        for what, layers in (("no spike on the test set", silent), ("a threshold at --Vth_bound", low)):
+            if new := [layer for layer in layers if (what, layer) not in self.warned]:
+                warn(f"{what}: {', '.join(new)}")
+            self.warned |= {(what, layer) for layer in new}
+        found = dict(thresholds={name: n.Vth.item() for name, n in neurons.items()}, firing_rates=rates)
+        costs = {"seconds an epoch": seconds} | statistics.peak_memory(self.device)
         lr = args.lr * cosine(epoch, args.epochs)
-        self.recorder.add(epoch, lr=lr, train=train, test=test, **layers, costs=costs)
+        self.recorder.add(epoch, lr=lr, train=train, test=test, **found, costs=costs)
         if best:  # first, so that a run killed between the two writes its best again when it is resumed
             self.save(self.files.best, test.top1)
         self.save(self.files.checkpoint, test.top1)
@@ -256,11 +227,6 @@ class Run:
             f"{train.images_per_second:.0f} images/s",
             flush=True,
         )
-
-    def warn_once(self, what, layers):
-        if new := [layer for layer in layers if (what, layer) not in self.warned]:
-            warn(f"{what}: {', '.join(new)}")
-            self.warned.update((what, layer) for layer in new)
 
     def save_within(self, metrics):
         """A checkpoint of the epoch that is under way."""
