@@ -398,6 +398,8 @@ def test_absurd_checkpoints_and_thresholds(tmp_path):
         dict(iteration=-1),
         dict(best_acc=huge),
         dict(log=[[huge] * 5]),
+        dict(log=[1.0] * 5),
+        dict(args={"manualSeed": "1"}),
         dict(sums="1"),
         dict(args={"lr": huge}),
         dict(state_dict={"a\nb": torch.ones(1)}),

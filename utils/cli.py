@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--preset", metavar="NAME", help=text)
 
     def group(self, title, may_change=False):
-        """A function that adds flags to a new group of --help; a resumed run may change the `may_change`."""
+        """A function that adds flags to a new group of --help; `may_change`: even in a resumed run."""
         group = self.add_argument_group(title)
 
         def add(*flags, may_change=may_change, **settings):
@@ -149,7 +149,7 @@ def choose_device(text):
     """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
-    known, found = re.fullmatch(r"cpu|cuda(:(\d{1,3}))?", text, re.ASCII), torch.cuda.device_count()
+    known, found = re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", text, re.ASCII), torch.cuda.device_count()
     require(known, f"unknown --device {text!r}; choose from: auto, cpu, cuda, cuda:N")
     lacking = f"--device {text}: this machine has {found} CUDA devices; use --device cpu or auto"
     require(text == "cpu" or int(known[2] or 0) < found, lacking)

@@ -20,7 +20,7 @@ positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 
 
 def add_flags(parser, *, models, model_flags, seed_flag, backwards, neurons, **defaults):
-    """The flags of every program, in groups; each has `defaults` of its own, those of `neurons` among them."""
+    """The flags of every program, in groups; each has its own `defaults`, and those of `neurons`."""
     add = parser.group("network and neurons")
     add(*model_flags, dest="model", choices=models, metavar="NAME", help="one of: " + ", ".join(models))
     add("--timesteps", type=count, metavar="T", help="time steps, 1 or more: the latency")

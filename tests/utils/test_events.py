@@ -22,7 +22,7 @@ from PIL import Image
 from cifar.program import main
 from tests.recorder import HEADER, record, write_aedat
 from utils.cli import UserError
-from utils.data import load_data, train_loader
+from utils.data import DATASETS, load_data, train_loader
 from utils.events import draw, integrate, spikingjelly_parts
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,10 @@ def test_frames_are_resized_exactly(tmp_path):
         write(tmp_path, f"cat/cifar10_cat_{number}", pack(events))
     data = load_data("CIFAR10DVS", tmp_path, 1)
     frame = data.test[0][0]
-    assert frame.shape == (1, 2, 48, 48) and frame.dtype == torch.float32
+    assert (
+        frame.shape == (1, *DATASETS["CIFAR10DVS"].shape) == (1, 2, 48, 48) and frame.dtype == torch.float32
+    )
+    assert DATASETS["CIFAR10DVS"].inputs == "event frames"
     assert frame[0, 1, 0, 0].item() == pytest.approx(25 / 36 + 5 / 36, rel=1e-6)
     assert frame[0, 0, 1, 1].item() == 0.25
     assert frame[0, 0, 0, 0].item() == pytest.approx(3000 * 25 / 36, rel=1e-6)  # more than 16 bits of 36ths
