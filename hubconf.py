@@ -1,6 +1,4 @@
-"""Entry points of torch.hub: networks by their published names, and the neuron layers.
-
-    torch.hub.load(REPOSITORY, "create_model", "preresnet.resnet18_lif", timesteps=5, num_classes=10)
+"""Entry points of torch.hub: `torch.hub.load(REPOSITORY, "create_model", "preresnet.resnet18_lif")`.
 
 REPOSITORY is `owner/name` on GitHub or, with source="local", a folder. `list_models` gives the names.
 """

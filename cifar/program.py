@@ -2,50 +2,56 @@
 
 from pathlib import Path
 
-from cifar.presets import PRESETS
 from models import create_model, list_models
 from models.engines import ENGINES
 from models.layers import BACKWARDS
 from models.registry import CIFAR_SETTINGS
 from utils import distributed
-from utils.cli import Parser, UserError, choose_device, number
-from utils.data import DATASETS, EVENT_DATASETS, load_data
+from utils.cli import Parser, choose_device, read_presets, require
+from utils.data import DATASETS
 from utils.program import add_flags, count, run
 from utils.records import RunFiles
 
+SCRIPT, SEED_FLAG = "cifar/main_single_gpu.py", "--manualSeed"
+ROWS, OTHERS = read_presets(Path(__file__).with_name("presets.md"))
+# What each network takes, in the words of the data sets.
+IMAGES, FRAMES = ("images", (3, 32, 32)), ("event frames", (2, 48, 48))
+INPUTS = {name: IMAGES for name in list_models() if name.startswith("preresnet.")}
+INPUTS |= {name: FRAMES for name in list_models() if name.startswith("vgg.")}
 
-def get_parser(description, lr, processes=False):
-    """The published flags with their defaults, and ours: --preset, --device and those behind it."""
-    parser = Parser(PRESETS, description=description)
-    add = parser.add_argument
-    names = ", ".join(DATASETS)
-    add("-d", "--dataset", choices=DATASETS, metavar="NAME", default="cifar10", help=f"one of: {names}")
-    add("--path", default="./data", help="folder of the data set")
-    models = [name for name in list_models() if name.startswith(("preresnet.", "vgg."))]
-    text = "one of: " + ", ".join(models)
-    add("--model", choices=models, metavar="NAME", default="preresnet.resnet18_if", help=text)
-    add("--train-batch", type=count, default=128)
-    add("--test-batch", type=count, default=50)
-    seed = number(int, 0, high=2**63 - 1)
-    add("--manualSeed", type=seed, help="seed of everything random; drawn and recorded if not given")
-    neurons = {name: value for name, value in CIFAR_SETTINGS.items() if name != "num_classes"}
-    training = dict(epochs=200, lr=lr, warmup=400, weight_decay=5e-4, optimizer="SGD")
-    add_flags(parser, BACKWARDS, ENGINES, **neurons, **training)
+
+def get_parser(description="", lr=0.1, processes=False):
+    """The published flags with their defaults, and ours."""
+    parser = Parser(ROWS | OTHERS, description=description)
+    add, names = parser.group("data"), [name for name in DATASETS if name != "imagenet"]
+    add("-d", "--dataset", choices=names, metavar="NAME", help="one of: " + ", ".join(names))
+    add("--path", may_change=True, help="folder of the data set")
+    add("--train-batch", type=count, help="images a step, of all processes together; 1 or more")
+    add("--test-batch", type=count, may_change=True, help="the same in tests")
     if processes:
-        add("--local_rank", "--local-rank", type=int, help="set by the launcher")
+        add("--local_rank", "--local-rank", type=int, may_change=True, help="set by the launcher")
+    defaults = dict(dataset="cifar10", path="./data", train_batch=128, test_batch=50, epochs=200, lr=lr)
+    defaults |= dict(warmup=400, weight_decay=5e-4, optimizer="sgd", model="preresnet.resnet18_if")
+    names = dict(models=INPUTS, model_flags=["--model"], seed_flag=SEED_FLAG)
+    names |= dict(backwards=BACKWARDS, engines=ENGINES)
+    add_flags(parser, **names, neurons=CIFAR_SETTINGS, **defaults)
     return parser
 
 
-def main(argv, description, lr, processes=False):
+def run_files(args):
+    """Where the run with these arguments leaves its files."""
+    return RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
+
+
+def main(argv=None, description="", lr=0.1, processes=False):
     """Train or evaluate as the flags say, in one process or several. Raises UserError."""
-    args = get_parser(description, lr, processes).parse(argv)
+    parser = get_parser(description, lr, processes)
+    args = parser.parse(argv)
     device = choose_device(args.device)
     if processes:
         del args.local_rank  # the environment holds it as well
         device = distributed.join(device)
-    if args.model.startswith("vgg.") != (args.dataset in EVENT_DATASETS):
-        raise UserError(
-            f"--model {args.model} does not fit --dataset {args.dataset}: vgg.* takes event frames"
-        )
-    files = RunFiles(Path(args.checkpoint, args.dataset), args.model + args.name)
-    run(args, files, device, lambda: load_data(args.dataset, args.path, args.timesteps), create_model)
+    source, takes = DATASETS[args.dataset], INPUTS[args.model]
+    fit = f"--model {args.model} takes {takes[0]} of {takes[1]}, --dataset {args.dataset} holds"
+    require(takes == (source.inputs, source.shape), f"{fit} {source.inputs} of {source.shape}; choose others")
+    run(args, files=run_files(args), device=device, fixed=parser.fixed, create_model=create_model)

@@ -13,105 +13,100 @@ Also under torchrun. Several machines: --world-size M --rank 0 to M-1, with one 
 
 import math
 import os
+import re
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from torch.utils.data import Subset  # noqa: E402
+import torch
+from torch.utils.data import Subset
 
-from imagenet.presets import PRESETS  # noqa: E402
-from models import create_model, list_models  # noqa: E402
-from models.engines import ENGINES  # noqa: E402
-from models.layers import BACKWARDS  # noqa: E402
-from models.registry import IMAGENET_SETTINGS  # noqa: E402
-from utils import checkpoint, distributed  # noqa: E402
-from utils.calibration import calibrate, load_thresholds  # noqa: E402
-from utils.cli import Parser, UserError, choose_device, number, run_program  # noqa: E402
-from utils.data import imagenet, loader, unaugmented  # noqa: E402
-from utils.program import LAUNCHING, add_flags, count, natural, run  # noqa: E402
-from utils.records import RunFiles  # noqa: E402
+from models import create_model, list_models
+from models.engines import ENGINES
+from models.layers import BACKWARDS
+from models.registry import IMAGENET_SETTINGS
+from utils import checkpoint, distributed, foreign
+from utils.calibration import calibrate, load_thresholds
+from utils.cli import Parser, choose_device, explained, number, read_presets, require, run_program
+from utils.data import loader, read_folder
+from utils.program import add_flags, count, load, natural, run
+from utils.records import RunFiles
+
+SCRIPT, SEED_FLAG = "imagenet/main.py", "--seed"
+(ROWS,) = read_presets(Path(__file__).with_name("presets.md"))
+INPUTS = {name: ("images", (3, 224, 224)) for name in list_models() if name.startswith("preresnet_")}
+# How the processes of a run were started; some of these flags differ between them.
+LAUNCHING = ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "local_rank", "dist_url")
 
 
 def get_parser():
     """The published flags with their defaults, and ours."""
-    parser = Parser(PRESETS, description=__doc__)
-    add = parser.add_argument
-    add("--data", dest="path", default="./data/imagenet", help="folder with train/<class>/ and val/<class>/")
-    models = [name for name in list_models() if name.startswith("preresnet_")]
-    text = "one of: " + ", ".join(models)
-    add(
-        "-a",
-        "--arch",
-        dest="model",
-        choices=models,
-        metavar="NAME",
-        default="preresnet_snn.resnet18_if",
-        help=text,
-    )
-    add("-b", "--batch-size", dest="train_batch", type=count, default=144, help="of all processes together")
-    add("-p", "--print-freq", type=natural, help="iterations between two lines of progress")
-    seed = number(int, 0, high=2**63 - 1)
-    add("--seed", dest="manualSeed", type=seed, help="of everything random; drawn and recorded if not given")
-    add("--image_size", type=number(int, 32), default=224, help="images are cut out at this size")
-    add("--pre_train", default="", metavar="FILE", help="weights to start from")
+    parser = Parser(ROWS, description=__doc__)
+    add = parser.group("data")
+    add("--data", dest="path", may_change=True, help="folder with train/<class>/ and val/<class>/")
+    add("-b", "--batch-size", dest="train_batch", type=count, help="of all processes together; 1 or more")
+    add("--image_size", type=number(int, 32), default=224, help="pixels of the side; 32 or more")
+    add = parser.group("from an ANN to an SNN")
+    add("--pre_train", default="", metavar="FILE", may_change=True, help="weights to start from")
+    add("--load_Vth", default="", metavar="FILE", may_change=True, help="thresholds to start from")
     add("--calculate_Vth", default="", metavar="NAME", help="write thresholds from --pre_train to NAME.dict")
-    add("--load_Vth", default="", metavar="FILE", help="thresholds to start from")
-    add("--calibrate_batches", type=count, default=5, help="batches that --calculate_Vth looks at")
-    text = "images that --calculate_Vth looks at (the official code: val)"
+    add("--calibrate_batches", type=count, default=5, help="batches for --calculate_Vth, 1 or more")
+    text = "images for --calculate_Vth (the official code: val)"
     add("--calibrate_split", choices=("train", "val"), default="train", help=text)
-    add("--world-size", type=int, default=-1, help="number of machines")
-    add("--rank", type=int, default=-1, help="number of this machine, from 0")
-    add(
-        "--dist-url",
-        default="tcp://224.66.41.62:23456",
-        help="where the processes meet: tcp://HOST:PORT or env://",
-    )
-    add("--dist-backend", choices=("nccl", "gloo"), default="nccl", help="without GPUs always gloo")
-    add("--gpu", type=natural, help="use this GPU alone")
+    add = parser.group("processes", may_change=True)
     text = "start the processes of this machine: one for each GPU, or --cpu_processes without one"
     add("--multiprocessing-distributed", action="store_true", help=text)
+    add("--world-size", type=int, default=-1, help="number of machines")
+    add("--rank", type=int, default=-1, help="number of this machine, from 0")
+    text = "where the processes meet: tcp://HOST:PORT or env://"
+    add("--dist-url", default="tcp://224.66.41.62:23456", help=text)
+    add("--dist-backend", choices=("nccl", "gloo"), default="nccl", help="without GPUs always gloo")
+    add("--gpu", type=natural, help="use this GPU alone, counted from 0")
     add("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
-    add("--cpu_processes", type=count, default=2, help="processes on a machine without GPUs")
-    neurons = {name: value for name, value in IMAGENET_SETTINGS.items() if name != "num_classes"}
-    training = dict(epochs=90, lr=0.001, warmup=5000, weight_decay=0.0, optimizer="adam", save_every=1000)
-    training.update(print_freq=1000, warmup_within_first_epoch=True)
-    add_flags(parser, BACKWARDS, ENGINES, **neurons, **training)
+    add("--cpu_processes", type=count, default=2, help="processes on a machine without GPUs, 1 or more")
+    defaults = dict(path="./data/imagenet", model="preresnet_snn.resnet18_if", train_batch=144, epochs=90)
+    defaults |= dict(lr=0.001, warmup=5000, warmup_within_first_epoch=True, weight_decay=0.0)
+    defaults |= dict(optimizer="adam", save_every=1000, print_freq=1000, dataset="imagenet")
+    names = dict(models=INPUTS, model_flags=["-a", "--arch"], seed_flag=SEED_FLAG)
+    names |= dict(backwards=BACKWARDS, engines=ENGINES)
+    add_flags(parser, **names, neurons=IMAGENET_SETTINGS, **defaults)
     return parser
 
 
-def main(argv):
+def run_files(args):
+    """Where the run with these arguments leaves its files."""
+    return RunFiles(Path(args.checkpoint, "imagenet"), args.name or args.model, accuracy="acc1")
+
+
+def main(argv=None):
     """Train, evaluate or calibrate as the flags say. Raises UserError."""
-    args = get_parser().parse(argv)
-    found = torch.cuda.device_count()
-    if args.gpu is not None and args.gpu >= found:
-        raise UserError(f"--gpu {args.gpu}: this machine has {found} CUDA devices; leave it out")
-    device = choose_device(args.device if args.gpu is None else f"cuda:{args.gpu}")
+    parser = get_parser()
+    args = parser.parse(argv)
+    gpu, found = args.gpu, torch.cuda.device_count()
+    require(gpu is None or gpu < found, f"--gpu {gpu}: this machine has {found} CUDA devices; leave it out")
+    device = choose_device(args.device if gpu is None else f"cuda:{gpu}")
     several = (args.multiprocessing_distributed or args.world_size > 1) and not args.calculate_Vth
     if several and "LOCAL_RANK" not in os.environ:
         launch(sys.argv[1:] if argv is None else argv, args, device)
         return
-    device = distributed.join(device, args.dist_backend)
+    device, args.test_batch = distributed.join(device, args.dist_backend), args.train_batch
     for name in LAUNCHING:
         delattr(args, name)
-    args.test_batch = args.train_batch
-    files = RunFiles(Path(args.checkpoint, "imagenet"), args.name or args.model, accuracy="acc1")
-    data = partial(imagenet, Path(args.path), args.image_size)
+    files = run_files(args)
     if args.calculate_Vth:
-        calculate_thresholds(args, files.folder, device, data())
+        calculate_thresholds(args, files.folder, device)
         return
 
     def prepare(model):
         if args.pre_train:
             path = checkpoint.find(args.pre_train, files.folder)
-            checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path, optional=("Vth",))
+            checkpoint.load_weights(model, foreign.load(path)["state_dict"], path, optional=("Vth",))
         if args.load_Vth:
             load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
         return bool(args.pre_train)
 
-    run(args, files, device, data, create_model, prepare)
+    run(args, files=files, device=device, fixed=parser.fixed, create_model=create_model, prepare=prepare)
 
 
 def launch(argv, args, device):
@@ -120,67 +115,55 @@ def launch(argv, args, device):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    machines, machine, url = args.world_size, args.rank, args.dist_url
+    machines, machine, url, env = args.world_size, args.rank, args.dist_url, os.environ
     if url == "env://":
-        env = os.environ
         machines, machine = int(env.get("WORLD_SIZE", machines)), int(env.get("RANK", machine))
         url = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', 29500)}"
-    given = "--dist-url" in " ".join(argv)
-    host, _, port = url.removeprefix("tcp://").rpartition(":")
-    if not (url.startswith("tcp://") and host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(f"--dist-url {args.dist_url} must be tcp://HOST:PORT or env://")
-    if machines > 1 and not (0 <= machine < machines and given):
-        raise UserError(
-            f"--world-size {machines} needs --rank 0 to {machines - 1} and --dist-url tcp://HOST:PORT"
-        )
-    if machines <= 1 and machine > 0:
-        raise UserError(f"--rank {machine} needs a --world-size above it")
-    processes = 1
-    if args.multiprocessing_distributed:
-        processes = torch.cuda.device_count() if device.type == "cuda" else args.cpu_processes
+    given, address = "--dist-url" in " ".join(argv), re.fullmatch(r"tcp://(.+):(\d{1,5})", url, re.ASCII)
+    valid = address and 0 < int(address[2]) < 2**16
+    require(valid, f"--dist-url {args.dist_url} must be tcp://HOST:PORT or env://")
+    several = f"--rank 0 to {machines - 1} and --dist-url tcp://HOST:PORT"
+    known = machines <= 1 or 0 <= machine < machines and given
+    require(known, f"--world-size {machines} needs {several}")
+    require(machines > 1 or machine <= 0, f"--rank {machine} needs a --world-size above it")
+    processes = torch.cuda.device_count() if device.type == "cuda" else args.cpu_processes
     where = ["--standalone"]
     if given:
         where = ["--nnodes", str(max(machines, 1)), "--node_rank", str(max(machine, 0))]
-        where += ["--master_addr", host, "--master_port", port]
+        where += ["--master_addr", address[1], "--master_port", address[2]]
+    where += ["--nproc_per_node", str(processes if args.multiprocessing_distributed else 1)]
+    hint = "try another --dist-url"
     try:
-        torchrun([*where, "--nproc_per_node", str(processes), str(Path(__file__).resolve()), *argv])
+        with explained(lambda why: f"the processes cannot meet at {url} ({why}); {hint}", RuntimeError):
+            torchrun([*where, str(Path(__file__).resolve()), *argv])
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the processes cannot meet at {url} ({reason}); try another --dist-url") from None
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
 
 
-def calculate_thresholds(args, folder, device, data):
+def calculate_thresholds(args, folder, device):
     """Write the thresholds of an ANN's activations, and print them."""
-    if not args.pre_train:
-        raise UserError("--calculate_Vth needs the weights of an ANN: --pre_train FILE")
-    if args.model.startswith("preresnet_snn"):
-        raise UserError(f"--calculate_Vth needs an ANN: --arch preresnet_cal_Vth.*, not {args.model}")
-    if "/" in args.calculate_Vth:
-        raise UserError(f"--calculate_Vth {args.calculate_Vth} must not contain a slash")
-    print(f"data: imagenet, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
+    require(args.pre_train, "--calculate_Vth needs the weights of an ANN: --pre_train FILE")
+    fit = f"--calculate_Vth needs an ANN: --arch preresnet_cal_Vth.*, not {args.model}"
+    require(not args.model.endswith(("_if", "_lif")), fit)
+    require("/" not in args.calculate_Vth, f"--calculate_Vth {args.calculate_Vth} must not contain a slash")
+    data, path = load(args), checkpoint.find(args.pre_train, folder)
+    print(f"data: imagenet, {data}")
     checkpoint.make_folder(folder)
-    path = checkpoint.find(args.pre_train, folder)
     model = create_model(args.model, num_classes=data.classes).to(device)
-    checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
-    images = unaugmented(data) if args.calibrate_split == "train" else data.test
-    generator = torch.Generator().manual_seed(args.manualSeed or 0)
-    order = (
-        torch.arange(len(images))
-        if args.calibrate_split == "val"
-        else torch.randperm(len(images), generator=generator)
-    )
+    checkpoint.load_weights(model, foreign.load(path)["state_dict"], path)
+    images, order = data.test, torch.arange(len(data.test))
+    if args.calibrate_split == "train":
+        images = read_folder(data.train.root, data.test.transform)  # unaugmented
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.manualSeed or 0))
     chosen = order[: args.calibrate_batches * args.train_batch].tolist()
     batches = loader(Subset(images, chosen), args.train_batch, args.workers, False)
     thresholds = calibrate(model, (batch.to(device) for batch, _ in batches), len(chosen))
     for name, value in thresholds.items():
         print(f"{name:24} {value:10.4f}")
-    dead = [name for name, value in thresholds.items() if not 0 < value < math.inf]
-    if dead:
-        raise UserError(f"no threshold file: {path} gives no positive number for {', '.join(dead)}")
+    dead = ", ".join(name for name, value in thresholds.items() if not 0 < value < math.inf)
+    require(not dead, f"no threshold file: {path} gives no positive number for {dead}")
     file = folder / f"{args.calculate_Vth.removesuffix('.dict')}.dict"
     if distributed.rank() == 0:
         checkpoint.save(thresholds, file)

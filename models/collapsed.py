@@ -33,8 +33,7 @@ needs sum_t y_t*y^d_t, per channel: that is the inner product of W_d and Q.
 Who computes y_t, its statistics, Q and the spikes is the engine's affair (`models.engines`).
 """
 
-from dataclasses import dataclass, field, is_dataclass
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -42,62 +41,8 @@ from torch.autograd.function import once_differentiable
 
 from models.engines.interface import Branch, affine
 from models.functional import Clamp, along_channels
-from models.synchronized import SynchronizedBatchNorm, total, track
-
-
-class PerBranch(NamedTuple):
-    """What autograd sees of a branch; in the backward pass, the gradients in the same places."""
-
-    representation: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    gamma: torch.Tensor | None = None  # of the batch norm inside the branch
-    beta: torch.Tensor | None = None
-
-
-@dataclass
-class Norm:
-    """A batch norm at work: its statistics, and z = a*y + shift. `frozen`: they are not of this batch."""
-
-    mu: torch.Tensor
-    sigma: torch.Tensor
-    a: torch.Tensor
-    shift: torch.Tensor
-    local_mean: torch.Tensor  # of this process
-    module: nn.Module | None
-    frozen: bool
-
-
-@dataclass
-class InnerRecord:
-    """What the backward pass needs of the batch norm inside a branch."""
-
-    norm: Norm
-    y_mean: torch.Tensor
-    y_repr: torch.Tensor
-    cross: torch.Tensor  # sum over time, batch and space of y*y^d, per channel
-    Q: torch.Tensor | None
-
-
-@dataclass
-class BranchRecord:
-    """What the backward pass needs of a branch."""
-
-    linear: nn.Module
-    weight: torch.Tensor | None
-    mean: torch.Tensor
-    Q: torch.Tensor | None
-    inner: InnerRecord | None
-
-
-@dataclass
-class Record:
-    """What the backward pass needs of a layer: tensors of one step, or of a weight's shape."""
-
-    norm: Norm
-    clamp: Clamp
-    y_mean: torch.Tensor
-    branches: list = field(default_factory=list)
+from models.records import BranchRecord, InnerRecord, PerBranch, Record, per_branch, stow, unstow
+from models.synchronized import means, normalization
 
 
 @dataclass
@@ -317,38 +262,6 @@ def split(linear, static):
     return linear, inner
 
 
-def normalization(bn, seen, gamma, beta, like):
-    """A Norm from what was seen (None: eval mode); keeps the running statistics. `bn` None: z = y."""
-    if bn is None:
-        zero, one = torch.zeros_like(like).view(1), torch.ones_like(like).view(1)
-        return Norm(zero, one, one, zero, zero, None, frozen=True)
-    if bn.running_mean is None or bn.momentum is None:
-        raise ValueError(f"no collapsed layer with {bn}: it needs running statistics and a momentum")
-    if seen is None:
-        mu, var = bn.running_mean.clone(), bn.running_var
-    else:
-        mu, var, n = seen.mean, seen.var, seen.n
-        if n == 1:
-            raise ValueError("batch norm cannot train on one value per channel")
-        if isinstance(bn, SynchronizedBatchNorm):
-            mu, var, n = bn.combine(mu, var, n)
-        track(bn, mu, var, n)
-    sigma = (var + bn.eps).sqrt()
-    a = 1 / sigma if gamma is None else gamma / sigma
-    shift = -mu * a if beta is None else beta - mu * a
-    return Norm(mu, sigma, a, shift, seen.mean if seen else mu, bn, frozen=seen is None)
-
-
-def means(S1, S2, n, norm):
-    """The sums over n elements as means, over all processes if synchronized; 0 for a frozen batch norm."""
-    if norm.frozen:
-        return torch.zeros_like(S1), torch.zeros_like(S2)
-    if not isinstance(norm.module, SynchronizedBatchNorm):
-        return S1 / n, S2 / n
-    S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))
-    return S1 / n, S2 / n
-
-
 def transpose(engine, branch, grad):
     """L^T(grad)."""
     if branch.weight is None:
@@ -359,48 +272,3 @@ def transpose(engine, branch, grad):
 def per_channel(x):
     """Sum over all but the channels."""
     return x.sum([0, *range(2, x.dim())])
-
-
-def per_branch(flat):
-    """A flat sequence, cut into PerBranch."""
-    size = len(PerBranch._fields)
-    return [PerBranch(*flat[i : i + size]) for i in range(0, len(flat), size)]
-
-
-@dataclass
-class Slot:
-    """Where a record's tensor was, while autograd keeps it."""
-
-    index: int
-
-
-def stow(ctx, record):
-    """Save a record for the backward pass, its tensors in autograd's keeping."""
-    tensors = []
-
-    def put(tensor):
-        tensors.append(tensor)
-        return Slot(len(tensors) - 1)
-
-    ctx.record = replaced(record, torch.Tensor, put)
-    ctx.save_for_backward(*tensors)
-
-
-def unstow(ctx):
-    """The record that was saved."""
-    tensors = ctx.saved_tensors
-    return replaced(ctx.record, Slot, lambda slot: tensors[slot.index])
-
-
-def replaced(record, kind, function):
-    """A copy of the record, and of those in it, with function(leaf) for each leaf of this kind."""
-    twin = object.__new__(type(record))
-    for name, value in vars(record).items():
-        if isinstance(value, kind):
-            value = function(value)
-        elif is_dataclass(value):
-            value = replaced(value, kind, function)
-        elif isinstance(value, list):
-            value = [replaced(item, kind, function) for item in value]
-        twin.__dict__[name] = value
-    return twin

@@ -1,8 +1,13 @@
-"""Batch norm over the batches of all processes, on any device: N processes then compute what one would."""
+"""Batch norm: how a collapsed layer does it, and over the batches of all processes, on any device.
+
+Synchronized, N processes compute what one would on the whole batch.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from models.records import Norm
 
 
 class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -63,3 +68,35 @@ def synchronize(module):
             setattr(module, name, twin)
         else:
             synchronize(child)
+
+
+def normalization(bn, seen, gamma, beta, like):
+    """A Norm from what was seen (None: eval mode); keeps the running statistics. `bn` None: z = y."""
+    if bn is None:
+        zero, one = torch.zeros_like(like).view(1), torch.ones_like(like).view(1)
+        return Norm(zero, one, one, zero, zero, None, frozen=True)
+    if bn.running_mean is None or bn.momentum is None:
+        raise ValueError(f"no collapsed layer with {bn}: it needs running statistics and a momentum")
+    if seen is None:
+        mu, var = bn.running_mean.clone(), bn.running_var
+    else:
+        mu, var, n = seen.mean, seen.var, seen.n
+        if n == 1:
+            raise ValueError("batch norm cannot train on one value per channel")
+        if isinstance(bn, SynchronizedBatchNorm):
+            mu, var, n = bn.combine(mu, var, n)
+        track(bn, mu, var, n)
+    sigma = (var + bn.eps).sqrt()
+    a = 1 / sigma if gamma is None else gamma / sigma
+    shift = -mu * a if beta is None else beta - mu * a
+    return Norm(mu, sigma, a, shift, seen.mean if seen else mu, bn, frozen=seen is None)
+
+
+def means(S1, S2, n, norm):
+    """The sums over n elements as means, over all processes if synchronized; 0 for a frozen batch norm."""
+    if norm.frozen:
+        return torch.zeros_like(S1), torch.zeros_like(S2)
+    if not isinstance(norm.module, SynchronizedBatchNorm):
+        return S1 / n, S2 / n
+    S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))
+    return S1 / n, S2 / n

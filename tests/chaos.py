@@ -31,7 +31,7 @@ from PIL import Image  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from tests.recorder import record, write_aedat  # noqa: E402
-from utils import checkpoint  # noqa: E402
+from utils import foreign  # noqa: E402
 from utils.cli import UserError  # noqa: E402
 
 LIF = "--Vth 0.3 --alpha 0.3 --delta_t 0.2"
@@ -169,7 +169,7 @@ def saved(out):
     """How far the newest checkpoint has come; every file that has its final name must be whole."""
     newest = "nothing"
     for path in sorted((out / "checkpoint").glob("*/*.pth")):
-        content = checkpoint.load(path)
+        content = foreign.load(path)
         if not path.stem.endswith(("_best", "_previous")):
             newest = f"epoch {content['epoch']} iteration {content['iteration']}"
     return newest
@@ -235,7 +235,7 @@ def result(log):
     """What a run with this log leaves: log, TensorBoard's curves, each checkpoint's tensors and figures."""
     found = {"log": log.read_text(), "curves": read_curves(log.with_suffix(""))}
     for ending in (".pth", "_best.pth"):
-        content = checkpoint.load(log.with_name(log.stem + ending))
+        content = foreign.load(log.with_name(log.stem + ending))
         keys = ["epoch", "iteration", "state_dict", "optimizer", "log", "best_acc", "best_acc1"]
         found[ending] = {key: content[key] for key in keys if key in content}
     return found

@@ -41,14 +41,15 @@ import imagenet.main  # noqa: E402
 import utils.training  # noqa: E402
 from models import create_model  # noqa: E402
 from tests.recorder import write_aedat  # noqa: E402
-from utils import checkpoint  # noqa: E402
-from utils.calibration import load_thresholds, threshold_name  # noqa: E402
+from utils import checkpoint, foreign  # noqa: E402
+from utils.calibration import load_thresholds  # noqa: E402
 from utils.cli import UserError, run_program  # noqa: E402
 from utils.data import read_image  # noqa: E402
 from utils.events import build_one, read_frames  # noqa: E402
-from utils.optimizers import load_optimizer, make_optimizer  # noqa: E402
-from utils.records import Recorder, RunFiles, read_log  # noqa: E402
-from utils.statistics import neuron_layers  # noqa: E402
+from utils.foreign import read_log  # noqa: E402
+from utils.recipe import load_optimizer, make_optimizer  # noqa: E402
+from utils.records import Recorder, RunFiles  # noqa: E402
+from utils.statistics import neuron_layers, threshold_name  # noqa: E402
 
 LIMIT = 30  # seconds
 CIFAR_MODEL, IMAGENET_MODEL = "preresnet.resnet20_lif", "preresnet_snn.resnet18_if"
@@ -253,19 +254,20 @@ class Readers:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(rng.integers(0, 255, (33, 32, 3), dtype=np.uint8)).save(path)
         self.model = create_model(CIFAR_MODEL, num_classes=2, timesteps=1)
-        self.args = cifar.program.get_parser("", 0.1).parse(cifar_base(self))
+        parser = cifar.program.get_parser("", 0.1)
+        self.args, self.fixed = parser.parse(cifar_base(self)), parser.fixed
         self.args.manualSeed, self.args.started = 1, "now"
         self.big_model = create_model(IMAGENET_MODEL, num_classes=2, timesteps=1)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             cifar.program.main([*cifar_base(self), "--epochs", "1"], "", 0.1)
-        self.checkpoint = checkpoint.read(folder / "out" / "imagefolder" / f"{CIFAR_MODEL}.pth")
+        self.checkpoint = foreign.read(folder / "out" / "imagefolder" / f"{CIFAR_MODEL}.pth")
         self.files = RunFiles(folder / "log", "run")
         self.files.folder.mkdir()
 
     def read_checkpoint(self, path):
         """As `run` and `Run` do, up to the first step of the optimizer."""
         content, source = checkpoint.resume(str(path), self.files)
-        utils.program.compare(self.args, content, source)
+        utils.program.compare(self.args, content, source, self.fixed)
         checkpoint.load_weights(self.model, content["state_dict"], source)
         optimizer = make_optimizer("sgd", self.model.parameters(), **RECIPE)
         if "optimizer" in content:
@@ -280,7 +282,7 @@ class Readers:
         run_program(lambda argv: cifar.program.main(argv, "", 0.1), argv)
 
     def pre_train(self, path):
-        checkpoint.load_weights(self.big_model, checkpoint.load(path)["state_dict"], path, optional=("Vth",))
+        checkpoint.load_weights(self.big_model, foreign.load(path)["state_dict"], path, optional=("Vth",))
 
     def pre_train_program(self, path):
         with one_step():

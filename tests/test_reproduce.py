@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import imagenet.main
 import reproduce
@@ -21,7 +23,8 @@ from models import create_model
 from tests.forks import ended, fork
 from utils.calibration import calibrate
 from utils.cli import run_program
-from utils.program import NEUTRAL, build_model
+from utils.program import build_model
+from utils.report import fan_out
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,10 +52,41 @@ def test_list_shows_every_row(tmp_path, capsys):
     assert reproduce.ROWS.keys() == FIGURES.keys()
 
 
+# Images for training, and the shape of a batch of one for a single time step.
+DATA = {"cifar10": (50_000, (1, 3, 32, 32)), "cifar100": (50_000, (1, 3, 32, 32))}
+DATA |= {"CIFAR10DVS": (9_000, (1, 1, 2, 48, 48)), "imagenet": (1_281_167, (1, 3, 224, 224))}
+
+
+@cache
+def macs(model, shape):
+    """Multiply-accumulates of one image through the network at one time step, layer by layer."""
+    network, total = create_model(model, timesteps=1, backward="unrolled").eval(), []
+
+    def count(layer, inputs, output):
+        total.append(fan_out(layer, inputs[0], output).sum().item())
+
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(shape))
+    return sum(total)
+
+
+def test_costs_are_those_of_the_networks():
+    for row, preset in reproduce.ROWS.items():
+        args = reproduce.PROGRAMS[row].get_parser().parse(["--preset", row])
+        training, shape = DATA[args.dataset]
+        images = args.calibrate_batches * args.train_batch if "calibrate" in row else args.epochs * training
+        steps = args.timesteps if args.model.endswith(("_if", "_lif")) else 1
+        assert float(preset.cost) == pytest.approx(macs(args.model, shape) * images * steps / 1e15, rel=0.005)
+
+
 # 200 epochs of 50,000 images, T=20; ResNet-18 has 0.56 G multiply-accumulates with the borders' padding.
 def test_cost():
-    assert reproduce.cost("main-cifar10-lif") == pytest.approx(0.56e9 * 20 * 200 * 50000 / 1e15, rel=0.2)
-    assert reproduce.cost("main-imagenet-ann") == pytest.approx(1.82e9 * 90 * 1281167 / 1e15, rel=0.2)
+    costs = {row: float(preset.cost) for row, preset in reproduce.ROWS.items()}
+    assert costs["main-cifar10-lif"] == pytest.approx(0.56e9 * 20 * 200 * 50000 / 1e15, rel=0.2)
+    assert costs["main-imagenet-ann"] == pytest.approx(1.82e9 * 90 * 1281167 / 1e15, rel=0.2)
 
 
 def published(text, *flags):
@@ -76,10 +110,9 @@ PUBLISHED |= {f"latency-{n}-t5": (f"{RESNET}_{n}", "--timesteps 5") for n in ("i
 @pytest.mark.parametrize("row", PUBLISHED)
 def test_a_row_is_its_published_command(row):
     argv = published((ROOT / "README.md").read_text(), *PUBLISHED[row])
-    told, preset = (vars(get_parser("", lr=0.1).parse(a)) for a in (argv, ["--preset", row]))
-    assert {k: v for k, v in told.items() if k not in NEUTRAL} == {
-        k: v for k, v in preset.items() if k not in NEUTRAL
-    }
+    parser = get_parser("", lr=0.1)
+    told, preset = (vars(parser.parse(a)) for a in (argv, ["--preset", row]))
+    assert {name: told[name] for name in parser.fixed} == {name: preset[name] for name in parser.fixed}
 
 
 def test_the_chain_is_the_published_one():
@@ -87,8 +120,9 @@ def test_the_chain_is_the_published_one():
     for row, arch in (("ann", "ann.resnet18"), ("calibrate", "cal_Vth.resnet18"), ("snn", "snn.resnet18_if")):
         lines = re.findall(rf"python imagenet/main.py (.*--arch preresnet_{arch} .*)", text)
         argv = (["--preset", f"main-imagenet-{row}"], shlex.split(lines[0]))
-        preset, told = (vars(imagenet.main.get_parser().parse(a)) for a in argv)
-        differ = {key for key in told if key not in NEUTRAL and told[key] != preset[key]}
+        parser = imagenet.main.get_parser()
+        preset, told = (vars(parser.parse(a)) for a in argv)
+        differ = {key for key in parser.fixed if told[key] != preset[key]}
         assert differ <= {"calculate_Vth"}  # whose name is free
 
 

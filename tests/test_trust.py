@@ -27,7 +27,7 @@ import utils.training
 from models import create_model
 from tests import chaos, fuzz
 from tests.forks import ended, fork, torchrun
-from utils import checkpoint
+from utils import checkpoint, foreign
 from utils.calibration import load_thresholds
 from utils.cli import UserError, run_program
 from utils.records import RunFiles
@@ -137,7 +137,7 @@ def saved_at(step):
 def test_killed_within_an_epoch_and_resumed_is_the_same_run(workers, images, expected, tmp_path):
     out, flags = tmp_path / "out", f"--resume auto --workers {workers}"
     assert ended(start(images, out, flags, saved_at(1))) == -signal.SIGKILL
-    assert checkpoint.load(files_of(out).checkpoint)["iteration"] == 1
+    assert foreign.load(files_of(out).checkpoint)["iteration"] == 1
     assert ended(start(images, out, flags, saved_at(2))) == -signal.SIGKILL
     assert "1 epochs and 1 iterations" in run(images, out, flags)
     assert chaos.same(expected, result(out))
@@ -167,7 +167,7 @@ def test_kills_at_random_moments(images, expected, tmp_path):
     while kills < 5:
         half = kill_at_random(start(images, out, "--resume auto"), out, rng)
         for path in (out / "imagefolder").glob("*.pth"):
-            checkpoint.load(path)  # whole, whatever happened
+            foreign.load(path)  # whole, whatever happened
         if half is not None:
             kills, writing = kills + 1, writing + bool(half)
         elif chaos.same(expected, result(out)):
@@ -210,7 +210,7 @@ def test_a_signal_stops_after_the_step(number, images, tmp_path):
     os.kill(pid, number)
     assert ended(pid) == 128 + number
     assert f"stopped by {number.name}" in printed(out).splitlines()[-1]
-    assert checkpoint.load(files_of(out).checkpoint)["epoch"] < 2
+    assert foreign.load(files_of(out).checkpoint)["epoch"] < 2
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -255,7 +255,7 @@ def test_sigterm_to_two_processes(images, tmp_path):
     assert ended(launched, 30) != 0
     assert printed(tmp_path).count("stopped by SIGTERM") == 1
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    saved = checkpoint.load(file)
+    saved = foreign.load(file)
     assert saved["epoch"] < 500 and file.stat().st_mtime > time.time() - 30
 
 
@@ -273,7 +273,7 @@ def test_resume_auto_refuses_other_mathematics(images, copy):
         assert difference in line
     assert "workers" not in line
     asked = run(images, copy, f"--resume {STEM}.pth --lr 0.02 --epochs 3")  # by name it may
-    assert "was trained with" in asked and checkpoint.load(files_of(copy).checkpoint)["epoch"] == 3
+    assert "was trained with" in asked and foreign.load(files_of(copy).checkpoint)["epoch"] == 3
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(images, expected, copy):
@@ -300,14 +300,14 @@ def test_cut_at_every_sixteenth(whole, tmp_path):
     for part in range(16):
         path.write_bytes(content[: len(content) * part // 16])
         with pytest.raises(UserError, match="is damaged or not a checkpoint") as error:
-            checkpoint.load(path)
+            foreign.load(path)
         assert len(error.value.args[0].splitlines()) == 1
 
 
 def test_a_flipped_byte_is_found_or_of_no_matter(whole, tmp_path):
     """At 200 random places, half of them in the zip's directory at the end and in the headers."""
     file, path, rng = files_of(whole).checkpoint, tmp_path / "flipped.pth", random.Random(0)
-    content, expected, found = file.read_bytes(), checkpoint.load(file), 0
+    content, expected, found = file.read_bytes(), foreign.load(file), 0
     with zipfile.ZipFile(file) as archive:
         headers = [entry.header_offset + k for entry in archive.infolist() for k in range(64)]
         headers += range(archive.start_dir, len(content))
@@ -317,7 +317,7 @@ def test_a_flipped_byte_is_found_or_of_no_matter(whole, tmp_path):
         damaged[at] ^= rng.randrange(1, 256)
         path.write_bytes(damaged)
         try:
-            assert chaos.same(expected, checkpoint.load(path)), f"byte {at}"
+            assert chaos.same(expected, foreign.load(path)), f"byte {at}"
         except UserError as error:
             assert "is damaged or not a checkpoint" in str(error)
             found += 1
@@ -329,7 +329,7 @@ def test_disk_full(limit, images, expected, tmp_path):
     """Too little room from the second epoch on: one line; the checkpoint of before is whole, and goes on."""
     out = tmp_path / "out"
     assert ended(start(images, out, "", saved_at(2))) == -signal.SIGKILL
-    before = checkpoint.load(files_of(out).checkpoint)
+    before = foreign.load(files_of(out).checkpoint)
 
     def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -337,7 +337,7 @@ def test_disk_full(limit, images, expected, tmp_path):
     assert ended(start(images, out, "--resume auto", fill)) == 1
     lines = printed(out).splitlines()
     assert "Traceback" not in printed(out) and sum(line.startswith("error: ") for line in lines) == 1
-    assert chaos.same(before["state_dict"], checkpoint.load(files_of(out).checkpoint)["state_dict"])
+    assert chaos.same(before["state_dict"], foreign.load(files_of(out).checkpoint)["state_dict"])
     run(images, out, "--resume auto")
     assert chaos.same(expected, result(out))
 
@@ -398,13 +398,15 @@ def test_absurd_checkpoints_and_thresholds(tmp_path):
         dict(iteration=-1),
         dict(best_acc=huge),
         dict(log=[[huge] * 5]),
+        dict(log=[1.0] * 5),
+        dict(args={"manualSeed": "1"}),
         dict(sums="1"),
         dict(args={"lr": huge}),
         dict(state_dict={"a\nb": torch.ones(1)}),
     ):
         torch.save(run_fields | wrong, file)
         with pytest.raises(UserError) as error:
-            checkpoint.load_run(file, "acc")
+            foreign.load_run(file, "acc")
         assert len(error.value.args[0].splitlines()) == 1
     model = create_model(STEM, num_classes=2)
     for value in (huge, 1e300, 10**400, torch.tensor(1j), float("nan"), -1, torch.ones(2), "1"):
@@ -416,7 +418,7 @@ def test_absurd_checkpoints_and_thresholds(tmp_path):
 def test_a_compressed_bomb_is_not_unpacked(tmp_path):
     (tmp_path / "bomb.pth").write_bytes(fuzz.bomb({"state_dict": {}}))
     with pytest.raises(UserError, match="more bytes than it has"):
-        checkpoint.load(tmp_path / "bomb.pth")
+        foreign.load(tmp_path / "bomb.pth")
 
 
 def test_an_archive_does_not_write_outside_its_folder(tmp_path, monkeypatch):
@@ -472,7 +474,7 @@ def test_a_run_that_goes_wrong_names_iteration_and_layer(parameter, images, expe
     out = tmp_path / "out"
     assert ended(start(images, out, "", spoil(parameter))) == 1
     assert printed(out).splitlines()[-1].startswith("error: " + SPOILT[parameter])
-    assert checkpoint.load(files_of(out).checkpoint)["epoch"] == 1
+    assert foreign.load(files_of(out).checkpoint)["epoch"] == 1
     run(images, out, "--resume auto")
     assert chaos.same(expected, result(out))
 

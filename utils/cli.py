@@ -1,11 +1,15 @@
-"""The command line that the programs share: errors in one line, checked numbers, presets, the device."""
+"""The command line that the programs share: errors in one line, flags in groups, presets, the device."""
 
 import argparse
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import time
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -19,36 +23,55 @@ class UserError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818  (nothing is wrong)
-    """The run was asked to stop by `signal` and has saved its state."""
+    """The run was asked to stop by the signal that is its argument, and has saved its state."""
 
-    def __init__(self, number):
-        super().__init__(number)
-        self.signal = number
+
+def require(condition, message):
+    """Raise UserError with this line unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def refuse(what, wrong):
+    """Raise UserError with the first three of what is `wrong`, if anything is."""
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{what}: {', '.join(wrong[:3])}{more}")
+
+
+@contextmanager
+def explained(explain, *kinds):
+    """Within, an exception of these `kinds` (by default any other) becomes UserError(explain(reason))."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, kinds or Exception) or isinstance(error, UserError) and not kinds:
+            raise
+        lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+        raise UserError(explain(lines[0][:200] if lines else type(error).__name__)) from None
 
 
 def run_program(main, argv=None):
     """Call `main(argv)`; a UserError or a signal ends the program with one line and a non-zero status."""
+    rank = os.environ.get("RANK", "0")
     try:
         main(argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if rank != "0":
             time.sleep(10)  # rank 0 speaks for all: the launcher has ended this process by now, if it did
-            sys.exit(f"error: process {os.environ['RANK']}: {error}")
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if rank == "0" else f"error: process {rank}: {error}")
     except (OSError, MemoryError, RuntimeError) as error:  # a full disk, a name too long, a network too large
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        text = str(error) or "out of memory"
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", text):
             raise
-        sys.exit(f"error: {(str(error).splitlines() or ['out of memory'])[0]}")
+        sys.exit(f"error: {text.splitlines()[0]}")
     except Stopped as stopped:
-        warn(f"stopped by {signal.Signals(stopped.signal).name}; --resume auto goes on from the checkpoint")
-        sys.exit(128 + stopped.signal)
+        name = signal.Signals(stopped.args[0]).name
+        warn(f"stopped by {name}; --resume auto goes on from the checkpoint")
+        sys.exit(128 + stopped.args[0])
     except KeyboardInterrupt:
         print("\ninterrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-
-
-def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def warn(message):
@@ -57,34 +80,57 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr)
 
 
+class Preset(NamedTuple):
+    """A named set of flags; of a row of the paper the accuracy there, and the cost in PMAC."""
+
+    paper: str
+    cost: str
+    flags: str
+
+
+def read_presets(page):
+    """The tables `name | paper | PMAC | flags` of a Markdown page, each as name -> Preset."""
+    tables = re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    row = re.compile(r"^\| (\S+) \| (.*?) \| (.*?) \| `(.*)` \|$", re.MULTILINE)
+    return [{name: Preset(*cells) for name, *cells in row.findall(table)} for table in tables]
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser with presets, whose complaints are one line."""
+    """An argument parser with presets; `fixed` are the flags that a run which goes on must keep."""
 
     def __init__(self, presets, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
-        self.presets = presets
+        self.presets, self.fixed = presets, []
         if presets:
-            self.add_argument("--preset", help="named set of defaults: " + ", ".join(presets))
+            text = "named set of flags, such as a row of the paper; `python reproduce.py list` shows them"
+            self.add_argument("--preset", metavar="NAME", help=text)
+
+    def group(self, title, may_change=False):
+        """A function that adds flags to a new group of --help; `may_change`: even in a resumed run."""
+        group = self.add_argument_group(title)
+
+        def add(*flags, may_change=may_change, **settings):
+            name = group.add_argument(*flags, **settings).dest
+            self.fixed += [] if may_change else [name]
+
+        return add
 
     def error(self, message):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
     def parse(self, argv=None):
         """Command line before preset before default."""
+        argv = sys.argv[1:] if argv is None else argv
         name = getattr(self.parse_known_args(argv)[0], "preset", None)
-        if name is not None and name not in self.presets:
-            raise UserError(f"unknown preset {name!r}; choose from: {', '.join(self.presets)}")
-        self.set_defaults(**self.presets.get(name, {}))
-        return self.parse_args(argv)
+        known = name is None or name in self.presets
+        require(known, f"unknown preset {name!r}; choose from: {', '.join(self.presets)}")
+        return self.parse_args([*shlex.split(self.presets[name].flags if name else ""), *argv])
 
 
 def number(kind, low, *, open_low=False, high=None):
-    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`.
-
-    By default `high` is what 32 bits hold, with room for a product.
-    """
-    high = high or (2**31 - 1 if kind is int else 1e30)
-    bound = f"{'above' if open_low else 'at least'} {low} and at most {high}"
+    """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
+    high = high or (2**31 - 1 if kind is int else 1e30)  # what 32 bits hold, with room for a product
+    noun = "whole number" if kind is int else "number"
 
     def parse(text):
         try:
@@ -92,7 +138,7 @@ def number(kind, low, *, open_low=False, high=None):
         except ValueError:
             value = math.nan
         if not (low < value if open_low else low <= value) or not value <= high:
-            noun = "whole number" if kind is int else "number"
+            bound = f"{'above' if open_low else 'at least'} {low} and at most {high}"
             raise argparse.ArgumentTypeError(f"must be a {noun} {bound}, not {text!r}")
         return value
 
@@ -103,10 +149,8 @@ def choose_device(text):
     """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise UserError(f"unknown --device {text!r}; choose from: auto, cpu, cuda, cuda:N")
-    found = torch.cuda.device_count() if kind == "cuda" else 1
-    if int(index or 0) >= found:
-        raise UserError(f"--device {text}: this machine has {found} CUDA devices; use --device cpu or auto")
+    known, found = re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", text, re.ASCII), torch.cuda.device_count()
+    require(known, f"unknown --device {text!r}; choose from: auto, cpu, cuda, cuda:N")
+    lacking = f"--device {text}: this machine has {found} CUDA devices; use --device cpu or auto"
+    require(text == "cpu" or int(known[2] or 0) < found, lacking)
     return torch.device(text)

@@ -1,5 +1,8 @@
 """Data sets. Every random choice about a sample is a function of (seed, epoch, sample index) alone."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -8,19 +11,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
-from torchvision import datasets, transforms
+from torchvision import datasets
+from torchvision import transforms as t
 from torchvision.datasets.folder import default_loader
 
-from utils.cli import UserError
+from utils.cli import explained, require
 from utils.distributed import rank, world_size
 from utils.signals import leave_group
 
-NORMALIZE = {
-    "cifar10": transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": transforms.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "digits": transforms.Normalize((0.305,) * 3, (0.376,) * 3),  # mean and deviation of its pixels / 16
-}
+CIFAR10 = t.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR100 = t.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+IMAGENET = t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DIGITS = t.Normalize((0.305,) * 3, (0.376,) * 3)  # mean and deviation of their pixels / 16
 
 
 class Data(NamedTuple):
@@ -30,91 +32,88 @@ class Data(NamedTuple):
     test: Dataset
     classes: int
 
-
-def load_data(name, path, timesteps=None):
-    """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole.
-
-    Of event recordings there are `timesteps` frames each.
-    """
-    return DATASETS[name](Path(path), *([timesteps] if name in EVENT_DATASETS else []))
+    def __str__(self):
+        return f"{len(self.train)} training, {len(self.test)} test, {self.classes} classes"
 
 
-def cifar(path, dataset):
-    """CIFAR-10 or CIFAR-100 as torchvision reads it, downloaded on first use; the paper's augmentation."""
-    name = dataset.__name__.lower()
-    crop, to_tensor = transforms.RandomCrop(32, padding=4), transforms.ToTensor()
-    augment = [crop, transforms.RandomHorizontalFlip(), to_tensor, NORMALIZE[name]]
-    try:
-        train = dataset(path, train=True, download=True, transform=transforms.Compose(augment))
-        test = dataset(path, train=False, transform=transforms.Compose([to_tensor, NORMALIZE[name]]))
-    except (OSError, RuntimeError) as error:  # no network, a broken download, a path that cannot be written
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"no {name} in {path} and no download ({reason}); put {dataset.filename} there"
-        ) from None
-    return Data(train, test, len(train.classes))
+@dataclass(frozen=True)
+class Source:
+    """What the programs know of a data set; `load(path, timesteps, image_size)` -> (training, test set)."""
+
+    load: Callable
+    inputs: str = "images"  # or "event frames"
+    shape: tuple = (3, 32, 32)  # of one
+    classes: int | None = None  # None: the folders say how many
 
 
-def imagefolder(path):
+def load_data(name, path, timesteps=None, image_size=None):
+    """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole."""
+    source = DATASETS[name]
+    train, test = source.load(Path(path), timesteps=timesteps, image_size=image_size)
+    return Data(train, test, source.classes or len(train.classes))
+
+
+def augmentation(*finish, flip=True):
+    """The paper's for 32x32 images."""
+    return t.Compose([t.RandomCrop(32, padding=4), *[t.RandomHorizontalFlip()] * flip, t.ToTensor(), *finish])
+
+
+def cifar(path, dataset, normalize, **_):
+    """CIFAR-10 or CIFAR-100 as torchvision reads it, downloaded on first use."""
+    name, test_steps = dataset.__name__.lower(), t.Compose([t.ToTensor(), normalize])
+    advice = f"put {dataset.filename} there"  # no network, a broken download, a path that cannot be written
+    with explained(
+        lambda why: f"no {name} in {path} and no download ({why}); {advice}", OSError, RuntimeError
+    ):
+        train = dataset(path, train=True, download=True, transform=augmentation(normalize))
+        return train, dataset(path, train=False, transform=test_steps)
+
+
+def imagefolder(path, **_):
     """<path>/train/<class>/* and <path>/test/<class>/* (or val/), at any size: resized to 32x32."""
     held_out = path / "test" if (path / "test").is_dir() or not (path / "val").is_dir() else path / "val"
-    finish = [transforms.ToTensor(), NORMALIZE["cifar10"]]
-    resize = transforms.Resize((32, 32))
-    augment = [resize, transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *finish]
-    return read_folders(path / "train", held_out, augment, [resize, *finish])
+    resize = t.Resize((32, 32))
+    steps = t.Compose([resize, t.ToTensor(), CIFAR10])
+    return read_folders(path / "train", held_out, t.Compose([resize, augmentation(CIFAR10)]), steps)
 
 
-def imagenet(path, size=224):
-    """<path>/train/<class>/* and <path>/val/<class>/*, as images of size x size; ImageNet's augmentation."""
-    finish = [transforms.ToTensor(), NORMALIZE["imagenet"]]
-    augment = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish]
-    whole = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *finish]
-    return read_folders(path / "train", path / "val", augment, whole)
-
-
-def unaugmented(data):
-    """The training images of image folders, seen as the test images are."""
-    return datasets.ImageFolder(data.train.root, data.test.transform, loader=read_image)
+def imagenet(path, image_size, **_):
+    """<path>/train/<class>/* and <path>/val/<class>/*, cut out at image_size; ImageNet's augmentation."""
+    finish = t.ToTensor(), IMAGENET
+    augment = t.Compose([t.RandomResizedCrop(image_size), t.RandomHorizontalFlip(), *finish])
+    steps = t.Compose([t.Resize(round(image_size * 256 / 224)), t.CenterCrop(image_size), *finish])
+    return read_folders(path / "train", path / "val", augment, steps)
 
 
 def read_folders(train, test, augment, steps):
-    """Data from two folders, with the transforms `augment` and `steps`, if they hold the same classes."""
+    """Two ImageFolders, with the transforms `augment` and `steps`; UserError if their classes differ."""
     train, test = read_folder(train, augment), read_folder(test, steps)
-    if train.classes != test.classes:
-        differing = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-        raise UserError(
-            f"{train.root} and {test.root} must hold the same class folders; they differ in: {differing}"
-        )
-    return Data(train, test, len(train.classes))
+    both = f"{train.root} and {test.root} must hold the same class folders"
+    differing = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
+    require(not differing, f"{both}; they differ in: {differing}")
+    return train, test
 
 
-def read_folder(folder, steps):
-    """An ImageFolder with the transforms `steps`; UserError if the folder or one of its classes is empty."""
-    try:
-        return datasets.ImageFolder(folder, transforms.Compose(steps), loader=read_image)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"no images in {folder} ({reason}); expected are folders <class>/<image files>"
-        ) from None
+def read_folder(folder, transform):
+    """An ImageFolder; UserError if the folder or one of its classes is empty."""
+    expected = "expected are folders <class>/<image files>"
+    with explained(lambda why: f"no images in {folder} ({why}); {expected}", OSError):
+        return datasets.ImageFolder(folder, transform, loader=read_image)
 
 
 def read_image(path):
     """torchvision's loader (RGB, whatever the colour mode), naming the file that it cannot read."""
-    try:
+    with explained(lambda why: f"cannot read the image {path} ({why}); replace or remove it"):
         return default_loader(path)
-    except Exception as error:  # a damaged file can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from None
 
 
 class Digits(Dataset):
     """Handwritten digits, 8x8 and gray, as 32x32 RGB images."""
 
-    def __init__(self, images, labels, steps):
-        gray = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in images]
+    def __init__(self, images, labels, transform):
+        gray = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in images.reshape(-1, 8, 8)]
         self.images = [image.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in gray]
-        self.labels, self.transform = labels.tolist(), transforms.Compose(steps)
+        self.labels, self.transform = labels.tolist(), transform
 
     def __len__(self):
         return len(self.labels)
@@ -123,34 +122,32 @@ class Digits(Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def digits(path):
+def digits(path, **_):
     """scikit-learn's 1,797 handwritten digits, a fifth of each class held out; `path` is not needed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8)
     split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
     train_images, test_images, train_labels, test_labels = split
-    finish = [transforms.ToTensor(), NORMALIZE["digits"]]
-    augment = [transforms.RandomCrop(32, padding=4), *finish]  # no flip: that makes another character
-    return Data(Digits(train_images, train_labels, augment), Digits(test_images, test_labels, finish), 10)
+    train = Digits(train_images, train_labels, augmentation(DIGITS, flip=False))  # mirrored, another one
+    return train, Digits(test_images, test_labels, t.Compose([t.ToTensor(), DIGITS]))
 
 
-def cifar10dvs(path, timesteps):
-    """DVS-CIFAR10. Imported on demand: no other data set needs what it needs."""
-    from utils import events
+def cifar10dvs(path, timesteps, **_):
+    """DVS-CIFAR10."""
+    from utils.events import cifar10dvs  # on demand: no other data set needs what it needs
 
-    return Data(*events.cifar10dvs(path, timesteps))
+    return cifar10dvs(path, timesteps)
 
 
-EVENT_DATASETS = {"CIFAR10DVS": cifar10dvs}
 DATASETS = {
-    "cifar10": lambda path: cifar(path, datasets.CIFAR10),
-    "cifar100": lambda path: cifar(path, datasets.CIFAR100),
-    "imagefolder": imagefolder,
-    "digits": digits,
-    **EVENT_DATASETS,
+    "cifar10": Source(partial(cifar, dataset=datasets.CIFAR10, normalize=CIFAR10), classes=10),
+    "cifar100": Source(partial(cifar, dataset=datasets.CIFAR100, normalize=CIFAR100), classes=100),
+    "imagefolder": Source(imagefolder),
+    "digits": Source(digits, classes=10),
+    "CIFAR10DVS": Source(cifar10dvs, "event frames", (2, 48, 48)),
+    "imagenet": Source(imagenet, shape=(3, 224, 224)),
 }
 
 
@@ -189,10 +186,7 @@ class SeededDataset(Dataset):
 
 
 def train_loader(dataset, *, batch_size, workers, seed, pin_memory):
-    """Batches in an order drawn from (seed, epoch); `loader.sampler.start(epoch)` starts an epoch.
-
-    Of each `batch_size` samples in this order every process gets its share.
-    """
+    """Batches in an order drawn from (seed, epoch) and shared by all processes; see `EpochSampler`."""
     # The sampler adds the epoch to its seed: runs with neighbouring seeds must not share orders.
     sampler = EpochSampler(dataset, num_replicas=world_size(), rank=rank(), seed=mix_seed(seed) >> 1)
     share = batch_size // world_size()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.cli import UserError, warn
+from utils.cli import UserError, explained, warn
 
 DAY = timedelta(days=1)
 
@@ -25,72 +25,60 @@ def world_size():
 
 def join(device, backend=None):
     """Join the launcher's processes, if there is one: nccl on GPUs, gloo on CPUs. -> this one's device"""
-    if backend == "nccl" and device.type != "cuda" and "RANK" in os.environ:
-        warn("--dist-backend nccl needs GPUs; the processes talk by gloo")
     if "RANK" not in os.environ:
         return device
-    if device.type == "cuda" and device.index is None:
-        local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= found:
-            raise UserError(
-                f"process {local} of this machine has no GPU of its own ({found} found); start fewer"
-            )
-        device = torch.device("cuda", local)
     if device.type == "cuda":
+        local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if device.index is None and local >= found:
+            text = f"process {local} of this machine has no GPU of its own ({found} found); start fewer"
+            raise UserError(text)
+        device = torch.device("cuda", local) if device.index is None else device
         torch.cuda.set_device(device)
-    try:
-        backend = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
+    elif backend == "nccl":
+        warn("--dist-backend nccl needs GPUs; the processes talk by gloo")
+    backend = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
+    with explained(lambda why: f"the processes cannot meet: {why}", RuntimeError, ValueError):
         store, number, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # The launcher may keep its store: restarted processes must not read where earlier ones listened.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         store.set_timeout(DAY)  # the first process may have data to prepare
         dist.init_process_group(backend, timeout=DAY, store=store, rank=number, world_size=world)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes cannot meet: {str(error).splitlines()[0]}") from None
     if rank():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (rank 0 speaks for all)
     return device
 
 
-def agree(arguments):
-    """Refuse a dict that differs between the processes."""
-    everyone = [None] * world_size()
+def gather(value):
+    """The values of all processes, in every one of them."""
+    values = [value] * world_size()
     if dist.is_initialized():
-        dist.all_gather_object(everyone, arguments)
-        differing = [key for key, value in everyone[0].items() if any(one[key] != value for one in everyone)]
-        if differing:
-            raise UserError(f"the processes got different {', '.join(differing)}; start them alike")
+        dist.all_gather_object(values, value)
+    return values
 
 
 def share(value, source=0):
     """The value of rank `source`, in every process."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, source)
-    return values[0]
+    return gather(value)[source]
 
 
 @contextmanager
 def first_on_each_machine():
     """One process of each machine runs the body before the others do: it prepares what they then find."""
     waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if dist.is_initialized() and waits:
-        try:
-            dist.barrier()
-        except RuntimeError:
-            raise UserError("the first process of this machine has ended") from None
+    if waits:
+        with explained(lambda _: "the first process of this machine has ended", RuntimeError):
+            gather(None)
     yield
-    if dist.is_initialized() and not waits:
-        dist.barrier()
+    if not waits:
+        gather(None)
 
 
 def parallel(model, device):
     """The model whose gradients are averaged over the processes after every backward pass."""
     if not dist.is_initialized():
         return model
-    devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def total(tensor):

@@ -1,16 +1,15 @@
 """DVS-CIFAR10: event recordings as frames. `python -m utils.events RECORDING.aedat strip.png` draws one."""
 
 import argparse
-import fcntl
 import shutil
 import sys
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
+from filelock import FileLock
 from matplotlib.image import imsave
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -20,14 +19,14 @@ from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from utils.checkpoint import make_folder, save
-from utils.cli import UserError, number, run_program
+from utils.cli import UserError, explained, number, run_program
 
 FIRST_TEST = 900  # the number of the first recording of a class that is for testing
 GRAIN = 36  # the weights of a bilinear resize from 128 to 48 are sixths: resized counts are whole 36ths
 
 
 def cifar10dvs(root, timesteps):
-    """(training set, test set, number of classes) from <root>/events/<class>/*.aedat, or <root>/*.zip.
+    """(training set, test set) from <root>/events/<class>/*.aedat, or <root>/*.zip.
 
     Frames are cached in <root>/frames/T<timesteps>; those that lack there, or are older than their recording,
     are built. Raises UserError for files that are missing or damaged.
@@ -35,11 +34,13 @@ def cifar10dvs(root, timesteps):
     root = root.expanduser()
     make_folder(root, "--path")
     events, folder = root / "events", root / "frames" / f"T{timesteps}"
-    with lock(root / ".lock"):
+    with FileLock(root / ".lock"):  # a killed process leaves no lock behind
         if not events.is_dir():
             unpack(root, events)
         cached = {folder / file.parent.name / f"{file.stem}.npy": file for file in events.glob("*/*.aedat")}
-        build_frames([pair for pair in cached.items() if is_stale(*pair)], timesteps)
+        age = {frames: frames.stat().st_mtime_ns if frames.exists() else 0 for frames in cached}
+        stale = {frames: file for frames, file in cached.items() if age[frames] < file.stat().st_mtime_ns}
+        build_frames(list(stale.items()), timesteps)
 
     def split(held_out, transform=None):
         def belongs(path):
@@ -48,42 +49,26 @@ def cifar10dvs(root, timesteps):
 
         return DatasetFolder(folder, partial(read_frames, timesteps), None, transform, None, belongs)
 
-    try:  # one crop for all frames of a recording
-        train, test = split(False, transforms.RandomCrop(48, padding=4)), split(True)
-    except (OSError, ValueError) as error:
-        expected = f"<class>/<name>_<number>.aedat, numbers from {FIRST_TEST} on for testing"
-        raise UserError(f"{events} must hold {expected} ({str(error).splitlines()[0]})") from None
-    return train, test, len(train.classes)
+    expected = f"<class>/<name>_<number>.aedat, numbers from {FIRST_TEST} on for testing"
+    with explained(lambda why: f"{events} must hold {expected} ({why})", OSError, ValueError):
+        return split(False, transforms.RandomCrop(48, padding=4)), split(True)  # one crop for all frames
 
 
 def read_frames(timesteps, path):
     """A cache file -> event counts (T, 2, 48, 48), float32, channel 0 OFF and 1 ON."""
-    try:
+    with explained(lambda why: f"cannot use the frames in {path} ({why}); remove that file"):
         frames = np.load(path)
         if frames.shape != (timesteps, 2, 48, 48):
             raise ValueError(f"shape {frames.shape} in place of {timesteps} frames")
-        frames = frames.astype(np.float32)
-    except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"cannot use the frames in {path} ({error}); remove that file") from None
-    return torch.from_numpy(frames) / GRAIN
-
-
-@contextmanager
-def lock(path):
-    """One process at a time. A killed process leaves no lock behind."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough while a worker holds the file too
+        return torch.from_numpy(frames.astype(np.float32)) / GRAIN
 
 
 def unpack(root, events):
     """Unpack the ten zips in `root`, downloaded where they lack, to `events`: all of them or nothing."""
     sources, draft = spikingjelly_parts()[0].CIFAR10DVS.resource_url_md5(), root / "events.part"
     shutil.rmtree(draft, ignore_errors=True)
-    try:
+    advice = f"put whole {', '.join(name for name, _, _ in sources)} into {root}"
+    with explained(lambda why: f"no {events}, and {name} fails ({why}); {advice}"):
         for name, url, md5 in sources:
             if not (root / name).exists():
                 download_url(url, root, f"{name}.part", md5)
@@ -93,13 +78,6 @@ def unpack(root, events):
         for name, _, _ in tqdm(sources, desc="unpacking", disable=None, leave=False):
             extract_archive(root / name, draft)
         draft.rename(events)
-    except (OSError, RuntimeError) as error:
-        names, reason = ", ".join(source[0] for source in sources), str(error).splitlines()[0]
-        raise UserError(f"no {events}, and {name} fails ({reason}); put whole {names} into {root}") from None
-
-
-def is_stale(cached, recording):
-    return not cached.exists() or cached.stat().st_mtime_ns < recording.stat().st_mtime_ns
 
 
 def build_frames(pairs, timesteps):
@@ -132,15 +110,14 @@ def integrate(recording, timesteps):
     damaged or holds fewer than T events.
     """
     cifar10_dvs, tools = spikingjelly_parts()
-    try:
+    what = f"cannot use the recording {recording}"
+    with explained(lambda why: f"{what} ({why}); replace or remove it", OSError, UserError):
         if not recording.read_bytes().startswith(b"#"):
             raise UserError("it is empty or has no header")
-        events = cifar10_dvs._load_origin_data(recording)
+        with explained(lambda _: "it is cut in the middle of an event", ValueError):
+            events = cifar10_dvs._load_origin_data(recording)
         if len(events["t"]) < timesteps:
             raise UserError(f"{len(events['t'])} events are too few for {timesteps} frames")
-    except (OSError, ValueError, UserError) as error:
-        reason = "it is cut in the middle of an event" if isinstance(error, ValueError) else error
-        raise UserError(f"cannot use the recording {recording} ({reason}); replace or remove it") from None
     frames = tools.integrate_events_by_fixed_frames_number(events, "number", timesteps, 128, 128)
     return torch.from_numpy(np.rot90(frames, 1, (-2, -1)).copy())  # spikingjelly's lie on their side
 

@@ -7,156 +7,152 @@ from datetime import datetime
 import torch
 
 from utils import checkpoint, distributed
-from utils.cli import UserError, number, warn
-from utils.data import test_loader, train_loader
-from utils.optimizers import load_optimizer, make_optimizer
+from utils.cli import UserError, number, require, warn
+from utils.data import load_data, test_loader, train_loader
 from utils.statistics import neuron_layers
 from utils.training import Run, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
 MODEL_SETTINGS = (*NEURON_SETTINGS, "backward", "dropout_mask", "Vth_grad_scale", "engine")
-# How the processes of a run were started; some differ between them.
-LAUNCHING = ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "local_rank", "dist_url")
-# What may differ in a run that goes on by itself: where, not what, is computed.
-NEUTRAL = (
-    "workers",
-    "path",
-    "name",
-    "checkpoint",
-    "resume",
-    "device",
-    "gpu",
-    "pin_memory",
-    "evaluate",
-    "started",
-)
-NEUTRAL += ("rate_stat", "save_every", "print_freq", "compile", "preset", "manualSeed", "deterministic")
-NEUTRAL += ("dist_backend", "test_batch", "pre_train", "load_Vth", "engine")
-NEUTRAL += LAUNCHING
 
 count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 
 
-def add_flags(parser, backwards, engines, **defaults):
-    """The flags of every program; each program has `defaults` of its own."""
-    add = parser.add_argument
-    text = "processes that load data besides the program's own"
-    add("-j", "--workers", type=number(int, 0, high=256), default=4, help=text)
-    add("--name", default="", help="goes into the names of the run's files")
-    add("--timesteps", type=count, help="T, the latency")
-    add("--Vth", type=positive, help="initial threshold")
-    add("--tau", type=positive, help="LIF: time constant of the membrane")
-    add("--delta_t", type=positive, help="LIF: length of a time step")
-    add("--alpha", type=number(float, 0, open_low=True, high=1), help="fire at alpha*Vth")
+def add_flags(parser, *, models, model_flags, seed_flag, backwards, engines, neurons, **defaults):
+    """The flags of every program, in groups; each has its own `defaults`, and those of `neurons`."""
+    add = parser.group("network and neurons")
+    add(*model_flags, dest="model", choices=models, metavar="NAME", help="one of: " + ", ".join(models))
+    add("--timesteps", type=count, metavar="T", help="time steps, 1 or more: the latency")
+    add("--Vth", type=positive, help="initial threshold, in the unit of the currents; above 0")
+    add("--tau", type=positive, help="LIF: time constant of the membrane, in the unit of --delta_t; above 0")
+    add("--delta_t", type=positive, help="LIF: length of a time step; above 0")
+    add("--alpha", type=number(float, 0, open_low=True, high=1), help="fire at alpha*Vth; above 0, at most 1")
     add("--train_Vth", type=int, choices=(0, 1), default=1, help="1: thresholds are trained; 0: fixed")
-    add("--Vth_bound", type=positive, help="thresholds stay above this")
-    add("--rate_stat", type=int, choices=(0, 1), default=0, help="1: --evaluate saves firing rates")
-    add("--epochs", type=count, help="passes over the training set")
-    add("--start-epoch", type=natural, default=0, help="epoch to start from without --resume")
-    add("--lr", "--learning-rate", type=positive, help="initial learning rate; cosine to 0")
-    add("--warmup", type=natural, help="iterations of linear warm-up")
-    add("--momentum", type=non_negative, default=0.9, help="of SGD")
-    add("--nesterov", action="store_true", help="Nesterov's momentum, of SGD")
-    add("--weight-decay", "--wd", type=non_negative, help="of weights and thresholds alike")
+    add("--Vth_bound", type=positive, help="thresholds stay above this; above 0, at most --Vth")
+    add = parser.group("recipe")
+    add("--epochs", type=count, help="passes over the training set, 1 or more")
+    add("--start-epoch", type=natural, default=0, help="epoch to start from without --resume, from 0")
+    add("--lr", "--learning-rate", type=positive, help="initial learning rate, above 0; cosine to 0")
+    add("--warmup", type=natural, help="iterations of linear warm-up, 0 or more")
     add("--optimizer", type=str.lower, choices=("sgd", "adam"), help="SGD or adam")
-    add("-c", "--checkpoint", default="./checkpoint", help="files go to a folder of the data set in it")
-    add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
-    add("-e", "--evaluate", action="store_true", help="only test the model")
-    add("--pin_memory", action="store_true", help="load batches into page-locked memory (GPU)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--momentum", type=non_negative, default=0.9, help="of SGD, 0 or more")
+    add("--nesterov", action="store_true", help="Nesterov's momentum, of SGD")
+    add("--weight-decay", "--wd", type=non_negative, help="of weights and thresholds alike, 0 or more")
+    add("--Vth_grad_scale", type=positive, help="factor of the thresholds' gradient, above 0")
+    add("--sync_bn", action="store_true", help="batch norm over the batches of all processes")
+    add_run_flags(parser.group("run (a resumed run may change these)", may_change=True), seed_flag)
+    add = parser.group("engine")
+    add("--device", default="auto", may_change=True, help="auto, cpu, cuda or cuda:N")
     text = "collapsed: exact and fast; unrolled: the same, literally; rate: a cheaper approximation"
     add("--backward", choices=backwards, default="collapsed", help=text)
-    text = "auto: spike by spike on CPUs, where that pays; dense: by tensors; events: spike by spike"
-    add("--engine", choices=engines, default="auto", help=text)
-    text = "bf16: spikes and their convolutions in bfloat16"
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
+    text = "auto: spike by spike on CPUs, where that pays; events: always; dense: by tensors"
+    add("--engine", choices=engines, default="auto", may_change=True, help=text)
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: spikes and their convolutions")
     text = "a mask a time step, as published (training then unrolls time), or one shared by all"
     add("--dropout_mask", choices=("step", "shared"), default="step", help=text)
-    add("--compile", action="store_true", help="run the time loops through torch.compile")
-    add("--Vth_grad_scale", type=positive, help="factor of the thresholds' gradient")
-    text = "also write a checkpoint every so many iterations within an epoch; 0: none"
-    add("--save_every", type=natural, default=0, metavar="N", help=text)
-    text = "only operations that give the same result every time, on GPUs too"
-    add("--deterministic", action="store_true", help=text)
-    add("--sync_bn", action="store_true", help="batch norm over the batches of all processes")
-    parser.set_defaults(**dict(print_freq=0, warmup_within_first_epoch=False) | defaults)
+    add("--compile", action="store_true", may_change=True, help="time loops through torch.compile")
+    add("--deterministic", action="store_true", may_change=True, help="only operations that repeat exactly")
+    settings = {name: neurons[name] for name in NEURON_SETTINGS}
+    parser.set_defaults(**settings | dict(warmup_within_first_epoch=False) | defaults)
 
 
-def run(args, files, device, load, create_model, prepare=None):
-    """Train or evaluate as the flags say, in one process or several. Raises UserError.
+def add_run_flags(add, seed_flag):
+    add("--name", default="", help="goes into the names of the run's files")
+    text = "of everything random, from 0; drawn and recorded if not given"
+    add(seed_flag, dest="manualSeed", type=number(int, 0, high=2**63 - 1), metavar="SEED", help=text)
+    add("-c", "--checkpoint", default="./checkpoint", help="files go to a folder of the data set in it")
+    add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
+    add("--save_every", type=natural, default=0, metavar="N", help="a checkpoint every N iterations; 0: none")
+    add("-p", "--print-freq", type=natural, default=0, metavar="N", help="a line every N iterations; 0: none")
+    add("-e", "--evaluate", action="store_true", help="only test the model")
+    add("--rate_stat", type=int, choices=(0, 1), default=0, help="1: --evaluate saves firing rates")
+    add("-j", "--workers", type=number(int, 0, high=256), default=4, help="processes to load data, 0 to 256")
+    add("--pin_memory", action="store_true", help="load batches into page-locked memory (GPU)")
 
-    `load()` -> Data; `prepare(model)` gives a model its first weights.
+
+def load(args):
+    """The Data of a run with these arguments."""
+    return load_data(args.dataset, args.path, args.timesteps, getattr(args, "image_size", None))
+
+
+def run(args, *, files, device, fixed, create_model, prepare=None):
+    """Train or evaluate as the flags say; a run that goes on must keep the `fixed` ones. Raises UserError.
+
+    `prepare(model)` gives a model its first weights and says whether they are trained.
     """
-    if "/" in args.name or "\\" in args.name:
-        raise UserError(f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
-    if args.Vth < args.Vth_bound:
-        raise UserError(f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that")
-    if args.nesterov and not args.momentum:
-        raise UserError("--nesterov needs a --momentum above 0")
-    resumed, source = checkpoint.resume(args.resume, files)
-    earlier = resumed["args"] if resumed else {}
-    distributed.agree(vars(args) | dict(resumed=resumed and (resumed["epoch"], resumed["iteration"])))
-    n = distributed.world_size()
-    if args.train_batch % n:
-        raise UserError(
-            f"the batch size {args.train_batch} is the total of {n} processes: use a multiple of it"
-        )
-    if args.manualSeed is None:
-        args.manualSeed = earlier.get("manualSeed", distributed.share(random.randint(1, 10000)))
-    now = distributed.share(datetime.now().isoformat(timespec="microseconds"))
-    args.started = earlier.get("started") if resumed else now
-    if resumed:
-        compare(args, resumed, source)
+    validate(args)
+    resumed, source = resume(args, files, fixed)
     torch.manual_seed(args.manualSeed)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with distributed.first_on_each_machine():
-        data = load()
-    name = files.folder.name
-    print(f"data: {name}, {len(data.train)} training, {len(data.test)} test, {data.classes} classes")
+        data = load(args)
+    print(f"data: {args.dataset}, {data}")
     model = build_model(args, data.classes, device, create_model)
-    loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
-    test = test_loader(data.test, batch_size=args.test_batch, **loading)
+    trained = bool(resumed)
     if resumed:
         checkpoint.load_weights(model, resumed["state_dict"], source)
-        done = f"{resumed['epoch']} epochs"
-        if resumed["iteration"]:
-            done += f" and {resumed['iteration']} iterations"
-        if resumed["best_acc"] >= 0:  # no epoch is done otherwise
-            done += f", best top-1 {resumed['best_acc']:.2f} %"
-        print(f"resumed from {source}: {done}")
-    prepared = not resumed and prepare is not None and prepare(model)
+        steps = f" and {resumed['iteration']} iterations" if resumed["iteration"] else ""
+        best = f", best top-1 {resumed['best_acc']:.2f} %" if resumed["best_acc"] >= 0 else ""
+        print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}")
+    elif prepare is not None:
+        trained = prepare(model)
+    loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
+    test = test_loader(data.test, batch_size=args.test_batch, **loading)
     if args.evaluate:
-        if not resumed and not prepared:
+        if not trained:
             warn("no --resume: these weights are not trained")
         report(model, test, device, args.precision, files.firing_rates if args.rate_stat else None)
         return
     train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
-    if (len(train.sampler) % train.batch_size or train.batch_size) * model.timesteps == 1:
-        raise UserError("batch norm cannot work on one image at one time step; use another batch size")
-    recipe = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov)
-    optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
-    if resumed and "optimizer" in resumed:
-        load_optimizer(optimizer, resumed["optimizer"], source)
-    Run(model, optimizer, train, test, args, files, resumed, source, device).train()
+    run = Run(args=args, files=files, device=device, model=model, train_loader=train, test_loader=test)
+    if resumed:
+        run.go_on(resumed, source)
+    run.train()
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
         if getattr(files, what).exists():
             print(f"{what + ':':13}{getattr(files, what)}")
 
 
-def compare(args, resumed, source):
+def validate(args):
+    """Refuse flags that do not fit each other."""
+    slash, n = "/" in args.name or "\\" in args.name, distributed.world_size()
+    require(not slash, f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
+    low = f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that"
+    require(args.Vth >= args.Vth_bound, low)
+    require(args.momentum or not args.nesterov, "--nesterov needs a --momentum above 0")
+    share = f"the batch size {args.train_batch} is the total of {n} processes: use a multiple of it"
+    require(args.train_batch % n == 0, share)
+
+
+def resume(args, files, fixed):
+    """The checkpoint to go on from and where it lay, or (None, None); completes the seed and the start."""
+    resumed, source = checkpoint.resume(args.resume, files)
+    mine = vars(args) | dict(resumed=resumed and (resumed["epoch"], resumed["iteration"]))
+    differing = {name for other in distributed.gather(mine) for name in mine if other[name] != mine[name]}
+    differing = ", ".join(sorted(differing))
+    require(not differing, f"the processes got different {differing}; start them alike")
+    earlier = resumed["args"] if resumed else {}
+    seed, now = distributed.share((random.randint(1, 10000), datetime.now().isoformat()))
+    if args.manualSeed is None:
+        args.manualSeed = earlier.get("manualSeed", seed)
+    args.started = earlier.get("started") if resumed else now
+    if resumed:
+        compare(args, resumed, source, fixed)
+    return resumed, source
+
+
+def compare(args, resumed, source, fixed):
     """Refuse a checkpoint of another model; name the settings that differ, and refuse them under `auto`."""
     earlier = resumed["args"]
     model = earlier.get("model", resumed.get("arch", args.model))
     if model != args.model:
         raise UserError(f"{source} is a checkpoint of {model}, not of {args.model}; choose that model")
-    differing = [name for name, value in vars(args).items() if earlier.get(name, value) != value]
-    differing = [name for name in differing if name not in NEUTRAL]
-    if args.evaluate:
-        differing = [name for name in differing if name in NEURON_SETTINGS]
+    names = [name for name in fixed if not args.evaluate or name in NEURON_SETTINGS]
+    differing = [name for name in names if name in earlier and earlier[name] != getattr(args, name)]
     if not differing:
         return
     text = "; ".join(f"{name} {str(earlier[name])[:60]}, now {getattr(args, name)}" for name in differing)
@@ -171,9 +167,8 @@ def compare(args, resumed, source):
 def build_model(args, classes, device, create_model):
     """The network of the flags, on the device."""
     settings = {name: getattr(args, name) for name in MODEL_SETTINGS}
-    model = create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings).to(
-        device
-    )
+    model = create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings)
+    model = model.to(device)
     if args.compile:
         try:
             model.compile_loops()
@@ -199,8 +194,8 @@ def say_engine(model, device, precision):
 def report(model, loader, device, precision, firing_rate_file):
     """Print loss and accuracy on the test set; with a file to save them to, the firing rates as well."""
     if firing_rate_file is not None:
-        if not list(neuron_layers(model)):
-            raise UserError("--rate_stat 1: an ANN has no firing rates; evaluate an _if or _lif model")
+        spiking = any(neuron_layers(model))
+        require(spiking, "--rate_stat 1: an ANN has no firing rates; evaluate an _if or _lif model")
         checkpoint.make_folder(firing_rate_file.parent)
     result, rates = evaluate(model, loader, device, precision)
     print(f"test: loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %")

@@ -6,8 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.checkpoint import is_row, make_folder, save, save_text
-from utils.cli import UserError
+from utils.checkpoint import make_folder, save, save_text
 
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
 
@@ -24,6 +23,7 @@ class RunFiles:
         self.curves = self.folder / f"{stem}.pdf"
         self.arguments = self.folder / f"{stem}.json"
         self.session = self.folder / f"{stem}.run.json"
+        self.lock = self.folder / f".{stem}.lock"
         self.firing_rates = self.folder / f"{stem}_firing_rate.dict"
         self.tensorboard = self.folder / stem
 
@@ -33,10 +33,7 @@ class RunFiles:
 
 
 class Recorder:
-    """Writes the log, the curves and TensorBoard's files of a run that starts or goes on at `first_epoch`.
-
-    `rows` are the log's so far, from the checkpoint that the run goes on from; None for a fresh start.
-    """
+    """Writes log, curves and TensorBoard's files from `first_epoch` on; `rows` so far, None at the start."""
 
     def __init__(self, files, first_epoch, rows):
         self.files, self.rows = files, list(rows or [])
@@ -58,11 +55,8 @@ class Recorder:
         self.rows.append([lr, train.loss, test.loss, train.top1, test.top1])
         scalars = {"learning rate": lr, "images per second": train.images_per_second} | (costs or {})
         for split, result in (("train", train), ("test", test)):
-            scalars |= {
-                f"loss/{split}": result.loss,
-                f"top-1/{split}": result.top1,
-                f"top-5/{split}": result.top5,
-            }
+            values = {"loss": result.loss, "top-1": result.top1, "top-5": result.top5}
+            scalars |= {f"{what}/{split}": value for what, value in values.items()}
         scalars |= {f"Vth/{layer}": value for layer, value in thresholds.items()}
         scalars |= {f"firing rate/{layer}": value for layer, value in firing_rates.items()}
         for name, value in scalars.items():
@@ -70,32 +64,18 @@ class Recorder:
         self.tensorboard.flush()
 
 
-def read_log(path):
-    """The rows of a log: [learning rate, training loss, test loss, training accuracy, test accuracy]."""
-    try:
-        rows = [[float(field) for field in line.split()] for line in path.read_text().splitlines()[1:]]
-        if not all(is_row(row, 5) for row in rows):
-            raise ValueError("a row without 5 numbers")
-    except (OSError, ValueError) as error:
-        raise UserError(f"the log {path} is damaged ({error}); mend it or move it away") from None
-    return rows
-
-
 def draw_curves(rows, file, title):
     """Write loss and accuracy of the epochs in `rows`, as a PDF."""
     _, train_loss, test_loss, train_accuracy, test_accuracy = zip(*rows)
-    epochs = range(1, len(rows) + 1)
-    marker = "o" if len(rows) < 20 else None
     figure = Figure(figsize=(10, 4))  # with margins of its own: an automatic layout takes twice the time
     margins = dict(left=0.07, right=0.98, bottom=0.12, top=0.9, wspace=0.2)
-    left, right = figure.subplots(1, 2, gridspec_kw=margins)
-    for axes, train, test, label in (
-        (left, train_loss, test_loss, "cross entropy"),
-        (right, train_accuracy, test_accuracy, "top-1 accuracy (%)"),
-    ):
-        axes.plot(epochs, train, marker=marker, label="training")
-        axes.plot(epochs, test, marker=marker, label="test")
-        axes.set(xlabel="epoch", ylabel=label)
+    loss, accuracy = figure.subplots(1, 2, gridspec_kw=margins)
+    loss.set(ylabel="cross entropy")
+    accuracy.set(ylabel="top-1 accuracy (%)")
+    for axes, train, test in ((loss, train_loss, test_loss), (accuracy, train_accuracy, test_accuracy)):
+        for values, label in ((train, "training"), (test, "test")):
+            axes.plot(range(1, len(rows) + 1), values, marker="o" if len(rows) < 20 else None, label=label)
+        axes.set(xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()

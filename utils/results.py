@@ -1,68 +1,86 @@
-"""What finished and unfinished runs say of the rows of a table, and its Markdown."""
+"""What runs leave for a table of results: where each was started, how far it has come; and its Markdown."""
 
 import json
+import platform
+import shlex
 import statistics
-from dataclasses import dataclass
+import subprocess
+from datetime import datetime
 from pathlib import Path
 
-from utils import checkpoint
-from utils.cli import UserError
-from utils.records import RunFiles, read_log
-from utils.session import read_sessions
+import torch
+
+from utils import checkpoint, foreign
+from utils.cli import choose_device, explained
+from utils.records import RunFiles
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass
 class Outcome:
-    """One run: its arguments, its epochs (rows of the log) and its sessions."""
+    """What the run of the arguments `file` has left; `epochs` are the rows of its log, the accuracy last."""
 
-    args: dict
-    files: RunFiles
-    epochs: list
-    sessions: list
-
-    @property
-    def last(self):
-        return self.epochs[-1][-1]
-
-    @property
-    def best(self):
-        return max(epoch[-1] for epoch in self.epochs)
-
-    @property
-    def data(self):
-        name = self.args.get("dataset", "imagenet")
-        return f"{name} ({Path(self.args['path']).name})" if name in ("imagefolder", "imagenet") else name
-
-
-def read_outcome(file):
-    """The Outcome of the run with the arguments `file`, or None if it has no epochs or `file` is no run's."""
-    if file.name.endswith(".run.json"):
-        return None
-    try:
-        args = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}); remove it") from None
-    files = RunFiles(file.parent, file.stem)
-    epochs = epochs_done(files, args.get("epochs", 0))
-    return Outcome(args, files, epochs, read_sessions(files.session)) if epochs else None
+    def __init__(self, file):
+        with explained(lambda why: f"{file} is damaged ({why}); remove it"):
+            self.args = json.loads(file.read_text())
+        self.files = RunFiles(file.parent, file.stem)
+        self.epochs = epochs_done(self.files, self.args.get("epochs", 0))
+        self.sessions = read_sessions(self.files.session)
 
 
 def epochs_done(files, epochs):
     """The rows of a run's log; a run killed just after its checkpoint has the last row in that alone."""
-    rows = read_log(files.log) if files.log.exists() else []
+    rows = foreign.read_log(files.log) if files.log.exists() else []
     if files.checkpoint.exists() and len(rows) < epochs:
-        content = checkpoint.load(files.checkpoint)
-        if content.get("args", {}).get("started") == checkpoint.started(
-            files.arguments
-        ):  # not an earlier run's
+        content = foreign.load(files.checkpoint)
+        if content.get("args", {}).get("started") == checkpoint.started(files.arguments):  # not of before
             rows = content.get("log", rows)
     return rows
 
 
+def add_session(record, device, command):
+    """Add to the JSON file `record` where a run starts, from which commit, and what the user typed."""
+    now = datetime.now().isoformat(timespec="seconds")
+    session = dict(started=now, hardware=hardware(device), torch=str(torch.__version__), commit=commit())
+    sessions = [*read_sessions(record), session | dict(command=shlex.join(command))]
+    checkpoint.save_text(json.dumps(sessions, indent=2) + "\n", record)
+
+
+def read_sessions(record):
+    """The sessions of a run, the oldest first; none of a run that was started in another way."""
+    try:
+        return json.loads(record.read_text())
+    except (OSError, ValueError):
+        return []
+
+
+def hardware(device):
+    """The name of the GPU, or of the CPU with the number of threads."""
+    device = choose_device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, threads: {torch.get_num_threads()}"
+
+
+def commit():
+    """The checked-out commit; `-dirty` where files differ from it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def spread(values):
     """Mean and, of several, standard deviation."""
-    values = list(values)
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if values[1:] else "")
+
+
+def last_accuracy(outcomes):
+    return spread([outcome.epochs[-1][-1] for outcome in outcomes])
 
 
 def markdown(head, rows):
@@ -70,9 +88,6 @@ def markdown(head, rows):
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-FIGURES = ["paper", "last epoch", "best epoch", "n", "epochs", "data"]
-CONDITIONS = ["s an epoch", "images/s", "peak memory MB", "highest firing rate %"]
-SAID = ["hardware", "torch", "commit", "command"]
 INTRODUCTION = """\
 # Results
 
@@ -85,53 +100,52 @@ the end."""
 
 
 def make_page(rows, found):
-    """The Markdown. `rows`: row -> (paper's figure, name of its runs); `found`: (name, departures) ->
-    Outcomes, where departures is an empty text for the row's own runs.
-    """
-    full = [[row, paper or "-", *figures(found.get((name, ""), []))] for row, (paper, name) in rows.items()]
-    other = [
-        [name, departures, rows[name][0] or "-", *figures(outcomes)]
-        for (name, departures), outcomes in found.items()
-        if departures
-    ]
-    how = [[name, departures or "none", *conditions(o)] for (name, departures), o in found.items()]
-    lines = [INTRODUCTION, "", "## The paper's rows", "", *markdown(["row", *FIGURES], full)]
+    """`rows`: row -> (paper's figure, name of its runs); `found`: (name, departures or "") -> Outcomes."""
+    head = ["paper", "last epoch", "best epoch", "n", "epochs", "data"]
+    full = [[row, paper, *figures(found.get((name, ""), []))] for row, (paper, name) in rows.items()]
+    other = [[*key, rows[key[0]][0], *figures(outcomes)] for key, outcomes in found.items() if key[1]]
+    how = [[name, text or "none", *conditions(outcomes).values()] for (name, text), outcomes in found.items()]
+    lines = [INTRODUCTION, "", "## The paper's rows", "", *markdown(["row", *head], full)]
     lines += ["", "## Runs that depart from their row", "", "They say nothing about the paper's figure.", ""]
-    lines += markdown(["row", "departs by", *FIGURES], other)
-    lines += ["", "## How they were run", "", *markdown(["row", "departs by", *CONDITIONS, *SAID], how)]
+    lines += markdown(["row", "departs by", *head], other)
+    lines += ["", "## How they were run", "", *markdown(["row", "departs by", *conditions([])], how)]
     return "\n".join(lines) + "\n"
 
 
 def figures(outcomes):
-    """The cells of FIGURES after the paper's."""
+    """The cells of a row after the paper's figure."""
     if not outcomes:
-        return ["-"] * (len(FIGURES) - 1)
-    last, best = (spread(getattr(outcome, what) for outcome in outcomes) for what in ("last", "best"))
-    epochs, data = ({f(outcome) for outcome in outcomes} for f in (lambda o: len(o.epochs), lambda o: o.data))
-    return [last, best, len(outcomes), *(", ".join(map(str, sorted(values))) for values in (epochs, data))]
+        return ["-"] * 5
+    best = spread([max(row[-1] for row in outcome.epochs) for outcome in outcomes])
+    epochs, data = {str(len(outcome.epochs)) for outcome in outcomes}, set()
+    for outcome in outcomes:
+        name, folder = outcome.args.get("dataset", "imagenet"), Path(outcome.args["path"]).name
+        data.add(f"{name} ({folder})" if name in ("imagefolder", "imagenet") else name)
+    epochs, data = ", ".join(sorted(epochs, key=int)), ", ".join(sorted(data))
+    return [last_accuracy(outcomes), best, len(outcomes), epochs, data]
 
 
 def conditions(outcomes):
-    """The cells of CONDITIONS and SAID."""
+    """How runs were run: title of a column -> its cell."""
     scalars = [scalar for outcome in outcomes for scalar in read_scalars(outcome.files.tensorboard)]
-    cells = []
-    for tag in ("seconds an epoch", "images per second", "peak memory (MB)"):
+    titles = {"seconds an epoch": "s an epoch", "images per second": "images/s"}
+    cells = {}
+    for tag, title in (titles | {"peak memory (MB)": "peak memory MB"}).items():
         values = [value for name, values in scalars if name == tag for value in values]
-        cells.append(f"{statistics.median(values):.4g}" if values else "-")
+        cells[title] = f"{statistics.median(values):.4g}" if values else "-"
     rates = [100 * values[-1] for name, values in scalars if name.startswith("firing rate/")]
-    cells.append(f"{max(rates):.1f}" if rates else "-")
-    for what in SAID:
+    cells["highest firing rate %"] = f"{max(rates):.1f}" if rates else "-"
+    for what in ("hardware", "torch", "commit", "command"):
         values = sorted({session[what] for outcome in outcomes for session in outcome.sessions})
-        cells.append(", ".join(f"`{value}`" if what == "command" else value for value in values) or "-")
+        cells[what] = ", ".join(f"`{value}`" if what == "command" else value for value in values) or "-"
     return cells
 
 
 def read_scalars(folder):
     """(tag, values) of TensorBoard's scalars in `folder`, none if there is no such folder."""
-    if not folder.is_dir():
-        return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    if folder.is_dir():
+        events.Reload()
     return [(tag, [scalar.value for scalar in events.Scalars(tag)]) for tag in events.Tags()["scalars"]]

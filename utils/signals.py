@@ -5,7 +5,8 @@ import signal
 
 from utils.distributed import any_process
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's kill, Ctrl-C, Slurm's warning
+# A scheduler's kill, Ctrl-C, Slurm's warning; Windows lacks the last.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -33,10 +34,8 @@ class StopRequest:
 
 
 def leave_group(_worker):
-    """In a worker that loads data: what a terminal or launcher sends to all processes is for the run alone.
-
-    Its own SIGTERM still ends it: that is how Python clears up behind a program.
-    """
-    os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    """In a worker that loads data: what is sent to all processes is for the run; SIGTERM still ends it."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,12 @@
-"""What layers do: firing rates and thresholds of the modules that hold a `Vth`, and where a NaN began."""
+"""What layers do: firing rates of the modules that hold a `Vth`, where a NaN began; and peak memory."""
 
+import platform
 import re
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import nn
 
 
 def neuron_layers(model):
@@ -18,8 +21,9 @@ def published_name(layer):
     return re.sub(r"\.(\d+)\.", r"[\1].", layer)
 
 
-def thresholds(model):
-    return {name: neuron.Vth.item() for name, neuron in neuron_layers(model)}
+def threshold_name(layer):
+    """The published name of a layer's threshold: `layer1[0].storein2` for `layer1.0.relu2`."""
+    return published_name(layer).replace("relu", "storein")
 
 
 @contextmanager
@@ -28,14 +32,11 @@ def count_spikes(model):
     neurons = dict(neuron_layers(model))
     counts = {name: torch.zeros(2, dtype=torch.long, device=n.Vth.device) for name, n in neurons.items()}
 
-    def counter(name):
-        def count(spikes):
-            fired = spikes.count()
-            counts[name] += torch.stack([fired, torch.full_like(fired, spikes.shape.numel())])
+    def count(name, spikes):
+        fired = spikes.count()
+        counts[name] += torch.stack([fired, torch.full_like(fired, spikes.shape.numel())])
 
-        return count
-
-    handles = [neuron.register_spike_hook(counter(name)) for name, neuron in neurons.items()]
+    handles = [neuron.register_spike_hook(partial(count, name)) for name, neuron in neurons.items()]
     try:
         yield counts
     finally:
@@ -43,9 +44,9 @@ def count_spikes(model):
             handle.remove()
 
 
-def not_finite(state):
-    """The names in a state-dict whose values hold a NaN or an infinity."""
-    return [name for name, value in state.items() if not value.isfinite().all()]
+def firing_rates(counts):
+    """Layer -> fraction of its (sample, neuron, step) triples that fired."""
+    return {name: float(fired) / max(float(possible), 1) for name, (fired, possible) in counts.items()}
 
 
 @contextmanager
@@ -58,29 +59,33 @@ def unrolled(model):
         model.backward = backward
 
 
+def not_finite(state):
+    """The names in a state-dict whose values hold a NaN or an infinity."""
+    return [name for name, value in state.items() if not value.isfinite().all()]
+
+
 @torch.no_grad()
 def first_not_finite(model, images):
     """The parameter, or else the first module of the forward pass, with a NaN or an infinity; or None."""
-    found = not_finite(dict(model.named_parameters()))
+    found, names = not_finite(dict(model.named_parameters())), {m: name for name, m in model.named_modules()}
 
-    def look(name):
-        def hook(_module, _inputs, output):
-            if torch.is_tensor(output) and not output.isfinite().all():
-                found.append(name)
+    def look(module, _inputs, output):
+        if names.get(module) and torch.is_tensor(output) and not output.isfinite().all():
+            found.append(names[module])
 
-        return hook
-
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        with unrolled(model):
-            if not found:
-                model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with unrolled(model), nn.modules.module.register_module_forward_hook(look):
+        if not found:
+            model(images)
     return found[0] if found else None
 
 
-def firing_rates(counts):
-    """Layer -> fraction of its (sample, neuron, step) triples that fired."""
-    return {name: float(fired) / max(float(possible), 1) for name, (fired, possible) in counts.items()}
+def peak_memory(device):
+    """What -> the most memory this process has had, in MB (2^20 bytes): a GPU's tensors, or all; if known."""
+    if device.type == "cuda":
+        return {"peak memory (MB)": torch.cuda.max_memory_allocated(device) / 2**20}
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return {}
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return {"peak memory (MB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}

@@ -2,30 +2,21 @@
 
 import json
 import platform
-import resource
 import time
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import checkpoint
-from utils.cli import Stopped, UserError, warn
+from utils import checkpoint, statistics
+from utils.cli import Stopped, UserError, require, warn
 from utils.data import mix_seed
 from utils.distributed import any_process, parallel, rank, same_buffers, share, total
-from utils.records import Recorder, read_log
-from utils.schedule import cosine, warmup_cosine
+from utils.foreign import read_log
+from utils.recipe import cosine, load_optimizer, make_optimizer, warmup_cosine
+from utils.records import Recorder
 from utils.signals import StopRequest
-from utils.statistics import (
-    count_spikes,
-    firing_rates,
-    first_not_finite,
-    neuron_layers,
-    not_finite,
-    thresholds,
-)
 
 LOWER = "go on from the last checkpoint with a lower --lr (--resume FILE)"
 
@@ -44,10 +35,7 @@ class Result:
 
 
 class Metrics:
-    """Sums of loss, hits and samples, kept on the device so that a step does not wait for the host.
-
-    `earlier`: the sums of the first part of a pass that goes on here.
-    """
+    """Sums of loss, hits and samples, kept on the device; `earlier` ones of a pass that goes on here."""
 
     def __init__(self, device, earlier=None):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -85,42 +73,26 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
-class Watch:
-    """Whether a loss is finite, fetched while the device computes on: no step waits for it."""
-
-    def __init__(self, loss):
-        finite = loss.detach().isfinite()
-        self.arrived = None
-        if loss.is_cuda:
-            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-        else:
-            self.finite = finite
-
-    def tripped(self):
-        if self.arrived:
-            self.arrived.synchronize()
-        return not self.finite.item()
-
-
-def train_steps(model, loader, optimizer, schedule, device, title, metrics, *, precision="fp32", first=0):
+def train_steps(network, *, loader, optimizer, schedule, metrics, device, title, precision, first):
     """Train on the batches of an epoch from number `first` on; after each, yields how many are done."""
-    model.train()
+    network.train()
     for step, (images, labels) in enumerate(batches(loader, device, title, metrics, first), start=first):
         torch.manual_seed(mix_seed(loader.dataset.seed, loader.sampler.epoch, step, rank(), 1))  # dropout's
         with autocast(device, precision):
-            logits = model(images)
+            logits = network(images)
         loss = F.cross_entropy(logits, labels)
-        watch = Watch(loss)
+        finite = loss.detach().isfinite().to("cpu", non_blocking=True)  # while the device computes on
+        fetched = torch.cuda.current_stream().record_event() if loss.is_cuda else None
         optimizer.zero_grad()
         loss.backward()
-        if met_by := any_process(rank() + 1 if watch.tripped() else 0):  # before the weights are spoilt
-            layer = first_not_finite(getattr(model, "module", model), images) or "the loss itself"
-            text = f"the loss is {loss.item()} at iteration {step + 1} of {title}, first in {layer}; {LOWER}"
-            raise UserError(share(text, met_by - 1))
+        if fetched is not None:
+            fetched.synchronize()
+        if met_by := any_process(0 if finite else rank() + 1):  # before the weights are spoilt
+            layer = statistics.first_not_finite(getattr(network, "module", network), images)
+            where = f"iteration {step + 1} of {title}, first in {layer or 'the loss itself'}"
+            raise UserError(share(f"the loss is {loss.item()} at {where}; {LOWER}", met_by - 1))
         if schedule.last_epoch == 0:
-            warn_if_silent(model)
+            warn_if_silent(network)
         optimizer.step()
         schedule.step()
         metrics.add(loss, logits, labels)
@@ -129,25 +101,18 @@ def train_steps(model, loader, optimizer, schedule, device, title, metrics, *, p
 
 @torch.no_grad()
 def evaluate(model, loader, device, precision="fp32", stop=None):
-    """One pass over the test set, without gradients. -> Result, layer -> firing rate
-
-    Raises Stopped when the StopRequest `stop` has met a signal.
-    """
+    """One pass over the test set. -> Result, layer -> firing rate. Raises Stopped if `stop` met a signal."""
     model.eval()
-    metrics = Metrics(device)
-    with count_spikes(model) as counts:
-        # As many turns in every process, so that all ask for signals alike, whether or not a batch is left.
-        turns = share(len(loader))  # rank 0 has the most
-        for _, batch in zip_longest(range(turns), batches(loader, device, "test", metrics)):
-            if batch is not None:
-                images, labels = batch
-                with autocast(device, precision):
-                    logits = model(images)
-                metrics.add(F.cross_entropy(logits, labels), logits, labels)
-            if stop is not None and (number := stop.signal()):
+    metrics, turns = Metrics(device), share(len(loader), source=-1)  # the last process has the fewest
+    with statistics.count_spikes(model) as counts:
+        for turn, (images, labels) in enumerate(batches(loader, device, "test", metrics)):
+            with autocast(device, precision):
+                logits = model(images)
+            metrics.add(F.cross_entropy(logits, labels), logits, labels)
+            if stop is not None and turn < turns and (number := stop.signal()):  # which all ask alike
                 raise Stopped(number)
     counts = {layer: total(pair) for layer, pair in counts.items()}
-    return metrics.result(everywhere=True), firing_rates(counts)
+    return metrics.result(everywhere=True), statistics.firing_rates(counts)
 
 
 def warn_if_silent(model):
@@ -158,50 +123,36 @@ def warn_if_silent(model):
         warn(f"the gradient of the first batch is exactly zero at the first layer; {hint}")
 
 
-def warn_of_layers(model, rates, known):
-    """Name, once each, the layers that never fired and those whose threshold sits at its lower bound."""
-    neurons = dict(neuron_layers(model))
-    silent = [layer for layer in neurons if not rates[layer]]
-    low = [layer for layer, neuron in neurons.items() if neuron.Vth <= neuron.Vth_bound]
-    for what, layers in (("no spike on the test set", silent), ("a threshold at --Vth_bound", low)):
-        layers = [layer for layer in layers if (what, layer) not in known]
-        if layers:
-            warn(f"{what}: {', '.join(layers)}")
-            known.update((what, layer) for layer in layers)
-
-
-def peak_memory(device):
-    """The most memory that this process has had, in MB (2^20 bytes): a GPU's tensors, or all on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
 class Run:
-    """A run of training, from its start or from `resumed` on, a checkpoint that lay at `source`.
+    """A run of training: `epoch` counts the epochs that are done, `step` the steps of the next one.
 
-    A checkpoint's `epoch` counts the epochs that are done, `iteration` the steps of the next one; all that is
-    random is drawn from (seed, epoch, step or sample), so that these two numbers are the state of every
-    random generator.
+    All that is random is drawn from (seed, epoch, step or sample): they are the state of every generator.
     """
 
-    def __init__(self, model, optimizer, train_loader, test_loader, args, files, resumed, source, device):
-        self.model, self.optimizer, self.args, self.files, self.device = model, optimizer, args, files, device
+    def __init__(self, *, args, files, device, model, train_loader, test_loader):
+        self.args, self.files, self.device, self.model = args, files, device, model
         self.train_loader, self.test_loader, self.steps = train_loader, test_loader, len(train_loader)
-        self.epoch, self.step, self.sums = args.start_epoch, 0, None  # of the epoch that is under way
+        smallest = len(train_loader.sampler) % train_loader.batch_size or train_loader.batch_size
+        lonely = "batch norm cannot work on one image at one time step; use another batch size"
+        require(smallest * model.timesteps > 1, lonely)
+        recipe = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        self.optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
+        self.epoch, self.step, self.sums = args.start_epoch, 0, None
         self.best_acc, self.rows = -1.0, None  # the first epoch makes this run's first best
-        self.known = set()  # what has been warned of
-        if resumed:
-            self.epoch, self.step, self.sums = resumed["epoch"], resumed["iteration"], resumed.get("sums")
-            self.rows = resumed.get("log", [])
-            if source in (files.checkpoint, files.previous, files.best):
-                self.best_acc = resumed["best_acc"]
-                if "log" not in resumed and files.log.exists():  # an official run has its rows there alone
-                    self.rows = read_log(files.log)[: self.epoch]
-        if self.step > self.steps:
-            text = f"{source}: {self.step} iterations into an epoch of {self.steps}; give it the same data"
-            raise UserError(text)
+        self.recorder, self.warned = None, set()  # the recorder is rank 0's, which alone writes
+
+    def go_on(self, resumed, source):
+        """Take over the state of a checkpoint that lay at `source`."""
+        if "optimizer" in resumed:
+            load_optimizer(self.optimizer, resumed["optimizer"], source)
+        self.epoch, self.step, self.rows = resumed["epoch"], resumed["iteration"], resumed.get("log", [])
+        far = f"{source}: {self.step} iterations into an epoch of {self.steps}; give it the same data"
+        require(self.step <= self.steps, far)
+        self.sums = resumed.get("sums") if self.step else None
+        if source in (self.files.checkpoint, self.files.previous, self.files.best):
+            self.best_acc = resumed["best_acc"]
+            if "log" not in resumed and self.files.log.exists():  # an official run has its rows there alone
+                self.rows = read_log(self.files.log)[: self.epoch]
 
     def train(self):
         """Train to the last epoch. Raises Stopped, with a checkpoint written, when a signal asks for it."""
@@ -209,8 +160,7 @@ class Run:
         if self.epoch >= args.epochs:
             print(f"nothing left to train: {self.epoch} of {args.epochs} epochs are done")
             return
-        self.recorder = None
-        if rank() == 0:  # which alone writes
+        if rank() == 0:
             self.files.create()
             arguments = json.dumps(vars(args), indent=2, sort_keys=True) + "\n"
             checkpoint.save_text(arguments, self.files.arguments)
@@ -220,50 +170,59 @@ class Run:
         curve |= dict(first_step=self.epoch * self.steps + self.step, within=args.warmup_within_first_epoch)
         self.schedule = warmup_cosine(self.optimizer, **curve)
         with StopRequest() as stop:
-            for epoch in range(self.epoch, args.epochs):
-                self.epoch, began = epoch, time.perf_counter()
-                metrics = self.train_epoch(stop)
-                train = metrics.result(everywhere=True)
-                same_buffers(self.model)
-                try:
-                    test, rates = evaluate(self.model, self.test_loader, self.device, args.precision, stop)
-                except Stopped:
-                    self.save_within(metrics)
-                    raise
-                best = test.top1 > self.best_acc
-                self.best_acc, self.step = max(self.best_acc, test.top1), 0
-                if self.recorder is not None:
-                    self.record(train, test, rates, best, time.perf_counter() - began)
+            while self.epoch < args.epochs:
+                self.run_epoch(stop)
 
-    def train_epoch(self, stop):
-        """Train on what is left of the epoch, with a checkpoint after every --save_every steps. -> Metrics"""
+    def run_epoch(self, stop):
+        """Train on what is left of the epoch, test, and record both."""
+        began, metrics = time.perf_counter(), Metrics(self.device, self.sums)
+        try:
+            train = self.train_epoch(metrics, stop)
+            same_buffers(self.model)
+            test, rates = evaluate(self.model, self.test_loader, self.device, self.args.precision, stop)
+        except Stopped:
+            self.save_within(metrics)
+            raise
+        best, self.best_acc = test.top1 > self.best_acc, max(self.best_acc, test.top1)
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, None
+        if self.recorder is not None:
+            self.record(train, test, rates, best, time.perf_counter() - began)
+
+    def train_epoch(self, metrics, stop):
+        """Train on what is left of the epoch, with a checkpoint after every --save_every steps. -> Result"""
         args, title = self.args, f"epoch {self.epoch + 1}/{self.args.epochs}"
         self.train_loader.sampler.start(self.epoch, self.step * self.train_loader.batch_size)
-        metrics = Metrics(self.device, self.sums if self.step else None)
-        parts = self.network, self.train_loader, self.optimizer, self.schedule, self.device, title, metrics
-        for step in train_steps(*parts, precision=args.precision, first=self.step):
-            self.step, number = step, stop.signal()
-            if number or (args.save_every and step % args.save_every == 0):
-                self.save_within(metrics)
-            if number:
+        parts = dict(loader=self.train_loader, optimizer=self.optimizer, schedule=self.schedule)
+        how = dict(device=self.device, title=title, precision=args.precision, first=self.step)
+        steps = train_steps(self.network, metrics=metrics, **parts, **how)
+        for self.step in steps:
+            if number := stop.signal():
                 raise Stopped(number)
-            if args.print_freq and step % args.print_freq == 0:
-                print(f"{title}, iteration {step}/{self.steps}: {metrics.result()}", flush=True)
-        return metrics
+            if args.save_every and self.step % args.save_every == 0:
+                self.save_within(metrics)
+            if args.print_freq and self.step % args.print_freq == 0:
+                print(f"{title}, iteration {self.step}/{self.steps}: {metrics.result()}", flush=True)
+        return metrics.result(everywhere=True)
 
     def record(self, train, test, rates, best, seconds):
-        """Log and save an epoch. `seconds`: with the test; of the rest, if it went on from a checkpoint."""
-        warn_of_layers(self.model, rates, self.known)
-        lr, done = self.args.lr * cosine(self.epoch, self.args.epochs), self.epoch + 1
-        layers = dict(thresholds=thresholds(self.model), firing_rates=rates)
-        costs = {"seconds an epoch": seconds, "peak memory (MB)": peak_memory(self.device)}
-        self.recorder.add(self.epoch, lr=lr, train=train, test=test, **layers, costs=costs)
+        """Log and save the epoch that is done. `seconds`: of what was left of it, with the test."""
+        args, epoch, neurons = self.args, self.epoch - 1, dict(statistics.neuron_layers(self.model))
+        silent = [layer for layer in neurons if not rates[layer]]
+        low = [layer for layer, neuron in neurons.items() if neuron.Vth <= neuron.Vth_bound]
+        for what, layers in (("no spike on the test set", silent), ("a threshold at --Vth_bound", low)):
+            if new := [layer for layer in layers if (what, layer) not in self.warned]:
+                warn(f"{what}: {', '.join(new)}")
+            self.warned |= {(what, layer) for layer in new}
+        found = dict(thresholds={name: n.Vth.item() for name, n in neurons.items()}, firing_rates=rates)
+        costs = {"seconds an epoch": seconds} | statistics.peak_memory(self.device)
+        lr = args.lr * cosine(epoch, args.epochs)
+        self.recorder.add(epoch, lr=lr, train=train, test=test, **found, costs=costs)
         if best:  # first, so that a run killed between the two writes its best again when it is resumed
-            self.save(self.files.best, done, test.top1)
-        self.save(self.files.checkpoint, done, test.top1)
+            self.save(self.files.best, test.top1)
+        self.save(self.files.checkpoint, test.top1)
         self.recorder.write()
         print(
-            f"epoch {done}/{self.args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
+            f"epoch {self.epoch}/{args.epochs}: loss {train.loss:.4f} train, {test.loss:.4f} test; "
             f"top-1 {train.top1:.2f} % train, {test.top1:.2f} % test (best {self.best_acc:.2f}); "
             f"{train.images_per_second:.0f} images/s",
             flush=True,
@@ -274,16 +233,18 @@ class Run:
         sums = total(metrics.sums).tolist()
         if self.recorder is not None:
             top1 = self.recorder.rows[-1][-1] if self.recorder.rows else -1.0
-            self.save(self.files.checkpoint, self.epoch, top1, iteration=self.step, sums=sums)
+            self.save(self.files.checkpoint, top1, sums=sums)
 
-    def save(self, file, epoch, top1, **within):
+    def save(self, file, top1, **within):
         """Write a checkpoint, to `files.checkpoint` or `files.best`; of the former the one before is kept."""
-        if spoilt := not_finite(self.model.state_dict()):  # the loss need not tell: a NaN makes no spike
-            when = f"iteration {within.get('iteration', self.steps)} of epoch {self.epoch + 1}"
+        weights, accuracy = self.model.state_dict(), self.files.accuracy
+        if spoilt := statistics.not_finite(weights):  # the loss need not tell: a NaN makes no spike
+            epoch, step = (self.epoch + 1, self.step) if self.step else (self.epoch, self.steps)
+            when = f"iteration {step} of epoch {epoch}/{self.args.epochs}"
             # Its gradient has spoilt the layers below: the last is where it began.
-            raise UserError(f"{spoilt[-1]} is not finite after {when}/{self.args.epochs}; {LOWER}")
-        state = dict(epoch=epoch, iteration=0, state_dict=self.model.state_dict(), log=self.recorder.rows)
-        state |= {self.files.accuracy: top1, f"best_{self.files.accuracy}": self.best_acc} | within
+            raise UserError(f"{spoilt[-1]} is not finite after {when}; {LOWER}")
+        state = dict(epoch=self.epoch, iteration=self.step, state_dict=weights, log=self.recorder.rows)
+        state |= {accuracy: top1, f"best_{accuracy}": self.best_acc} | within
         state |= dict(arch=self.args.model, optimizer=self.optimizer.state_dict(), args=vars(self.args))
         state |= dict(versions=dict(torch=str(torch.__version__), python=platform.python_version()))
         checkpoint.save(state, file, self.files.previous if file == self.files.checkpoint else None)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import utils.training
-from cifar.presets import PRESETS
 from cifar.program import get_parser, main
 from models import create_model
 from utils.cli import run_program
@@ -365,9 +364,25 @@ def test_published_defaults():
     assert {key: args[key] for key in published} == published
 
 
+def test_a_resumed_run_may_change_where_and_how_not_what():
+    parser = get_parser("test", lr=0.1, processes=True)
+    free = "path test_batch local_rank name manualSeed checkpoint resume save_every print_freq evaluate"
+    free += " rate_stat workers pin_memory device compile deterministic preset warmup_within_first_epoch"
+    assert set(vars(parser.parse([]))) - set(parser.fixed) == set(free.split())
+
+
+def test_help_has_groups_and_leaves_the_presets_to_the_desk(capsys):
+    with pytest.raises(SystemExit):
+        get_parser("test", lr=0.1).parse(["--help"])
+    printed = capsys.readouterr().out
+    groups = re.findall(r"^(\w[\w ]*)[^:\n]*:$", printed, re.MULTILINE)
+    assert [g.split()[0] for g in groups] == ["options", "data", "network", "recipe", "run", "engine"]
+    assert "reproduce.py list" in " ".join(printed.split()) and "latency-if-t5" not in printed
+
+
 def test_command_line_before_preset_before_default():
     args = get_parser("test", lr=0.1).parse(["--preset", "quickstart", "--epochs", "3"])
-    assert (args.epochs, args.model, args.momentum) == (3, PRESETS["quickstart"]["model"], 0.9)
+    assert (args.epochs, args.model, args.momentum) == (3, "preresnet.resnet20_if", 0.9)
 
 
 def test_runs_by_path_from_anywhere(images, tmp_path):

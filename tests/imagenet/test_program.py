@@ -23,7 +23,7 @@ from tests.forks import ended, fork, free_port, torchrun
 from tests.imagenet import thin
 from tests.imagenet.images import make_images
 from utils.cli import run_program
-from utils.data import imagenet
+from utils.data import load_data
 
 ROOT = Path(__file__).parents[2]
 MAIN = str(ROOT / "imagenet" / "main.py")
@@ -274,7 +274,7 @@ def test_learning_rate_of_the_second_epoch_is_not_warmed_up(program):
 def test_other_image_sizes(program, home):
     """The resize side is in proportion 256/224, whatever the size and the colour mode."""
     for size, side in ((224, 256), (64, 73), (160, 183)):
-        data = imagenet(home / "data" / "imagenet", size)
+        data = load_data("imagenet", home / "data" / "imagenet", image_size=size)
         assert data.test.transform.transforms[0].size == side
         assert {data.test[i][0].shape for i in range(3)} == {(3, size, size)}  # RGB, gray, CMYK
         assert data.train[1][0].shape == (3, size, size)

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from utils.cli import UserError
-from utils.data import load_data, mix_seed, train_loader
+from utils.data import DATASETS, load_data, mix_seed, train_loader
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -26,6 +26,14 @@ def test_digits_are_all_there_once_and_stratified():
     # Unnormalised, the mean brightness is that of the source, 8x8 pixels of 0 to 16.
     stacked = torch.stack([data.test[i][0] for i in range(360)]) * 0.376 + 0.305
     assert stacked.mean().item() == pytest.approx(load_digits().data.mean() / 16, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["digits", "imagefolder", "imagenet"])
+def test_the_registry_says_what_a_sample_is(name, images):
+    (images / "val").symlink_to(images / "test")
+    source, data = DATASETS[name], load_data(name, images, image_size=224)
+    assert source.inputs == "images" and source.classes in (None, data.classes)
+    assert all(split[0][0].shape == source.shape for split in (data.train, data.test))
 
 
 def write_cifar10(folder, monkeypatch):

@@ -16,13 +16,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from cifar.program import main
 from tests.recorder import HEADER, record, write_aedat
 from utils.cli import UserError
-from utils.data import load_data, train_loader
-from utils.events import draw, integrate, lock, spikingjelly_parts
+from utils.data import DATASETS, load_data, train_loader
+from utils.events import draw, integrate, spikingjelly_parts
 
 ROOT = Path(__file__).parents[2]
 # (x, y, polarity) as published; the corners of a picture, one of them twice, and a pixel of no symmetry.
@@ -66,7 +67,10 @@ def test_frames_are_resized_exactly(tmp_path):
         write(tmp_path, f"cat/cifar10_cat_{number}", pack(events))
     data = load_data("CIFAR10DVS", tmp_path, 1)
     frame = data.test[0][0]
-    assert frame.shape == (1, 2, 48, 48) and frame.dtype == torch.float32
+    assert (
+        frame.shape == (1, *DATASETS["CIFAR10DVS"].shape) == (1, 2, 48, 48) and frame.dtype == torch.float32
+    )
+    assert DATASETS["CIFAR10DVS"].inputs == "event frames"
     assert frame[0, 1, 0, 0].item() == pytest.approx(25 / 36 + 5 / 36, rel=1e-6)
     assert frame[0, 0, 1, 1].item() == 0.25
     assert frame[0, 0, 0, 0].item() == pytest.approx(3000 * 25 / 36, rel=1e-6)  # more than 16 bits of 36ths
@@ -116,7 +120,7 @@ def test_two_processes_build_once(root):
             data = load_data("CIFAR10DVS", root, 2)
         results.put((printed.getvalue(), float(data.test[0][0].sum())))
 
-    with lock(root / ".lock"):  # until both wait
+    with FileLock(root / ".lock"):  # until both wait
         processes = [fork.Process(target=start) for _ in range(2)]
         for process in processes:
             process.start()

@@ -6,7 +6,7 @@ from torch import nn
 
 from models import IFNeuron, LIFNeuron, create_model
 from models.layers import SpikingNetwork, spiking_layer
-from utils.report import fan_out, measure
+from utils.report import Measurement, fan_out
 
 
 class TwoLayers(SpikingNetwork):
@@ -47,7 +47,7 @@ def test_two_layers_by_hand(pool, features, copies, backward):
     model.backward = backward
     image = torch.tensor([[1.0, 0.4], [0.0, 2.0]])
     batches = [(image.repeat(n, 1, 1, 1), torch.zeros(n, dtype=torch.long)) for n in (3, 2)]
-    m = measure(model, batches)
+    m = Measurement(model, batches)
     assert (m.images, m.timesteps) == (5, 2)
     assert m.accumulates == 5 * copies * 3  # 5 spikes, 3 synapses each
     assert (
@@ -69,7 +69,7 @@ def test_representation_error_of_lif():
     """
     settings = dict(timesteps=1, Vth=0.5, alpha=0.5, tau=2.0, delta_t=0.4)
     model = TwoLayers(lambda: LIFNeuron(**settings), nn.Identity(), 8)
-    m = measure(model, [(torch.tensor([[[[1.0, 1.5], [-1.0, 4.0]]]]), torch.zeros(1, dtype=torch.long))])
+    m = Measurement(model, [(torch.tensor([[[[1.0, 1.5], [-1.0, 4.0]]]]), torch.zeros(1, dtype=torch.long))])
     assert m.errors["relu1"] == pytest.approx((0.5 + 0.5) / 8)
     assert m.relative["relu1"] == pytest.approx(1.0 / 8 / 1.25)
     assert m.rates["relu1"] == 2 / 8
@@ -94,6 +94,6 @@ def test_fan_out_is_what_one_spike_reaches(conv):
 def test_published_networks_in_multiply_accumulates():
     """ResNet-20 is known to have 41 million, the borders' padding included; and all layers are seen."""
     model, images = create_model("preresnet.resnet20_lif", timesteps=2), torch.randn(2, 3, 32, 32)
-    m = measure(model, [(images, torch.zeros(2))])
+    m = Measurement(model, [(images, torch.zeros(2))])
     assert 0.9 * 0.0408e9 < m.dense < 0.0408e9
     assert len(m.rates) == len(m.errors) == 21 and 0 < m.overall < 1

@@ -9,10 +9,11 @@ from torch import nn
 
 from models import create_model
 from tests import fuzz
-from utils import checkpoint
+from utils import checkpoint, foreign
 from utils.cli import UserError
-from utils.records import Recorder, RunFiles, read_log
-from utils.schedule import warmup_cosine
+from utils.foreign import read_log
+from utils.recipe import warmup_cosine
+from utils.records import Recorder, RunFiles
 from utils.statistics import count_spikes, firing_rates
 from utils.training import Metrics, Result, evaluate
 
@@ -102,14 +103,14 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
 
     with pytest.raises(UserError, match="No space left"):
         checkpoint.save({"state_dict": {}, "epoch": 2}, path, write=disk_full)
-    assert checkpoint.load(path)["epoch"] == 1
+    assert foreign.load(path)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["run.pth"]
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"state_dict": {}, "payload": fuzz.Payload(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="evil.pth"):
-        checkpoint.load(tmp_path / "evil.pth")
+        foreign.load(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 

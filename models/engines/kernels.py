@@ -1,0 +1,223 @@
+"""The kernels of events.cpp, called with tensors: their structures, spikes, and a layer as they see it."""
+
+import ctypes
+import math
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.engines.interface import Moments
+
+WORD = 16  # channels in a word of bits
+BLOCK_BYTES = 300 * 2**10  # of the weights of a block of output channels, which a cache may hold
+SPLIT_BYTES = 2**20  # of a layer's weights, from which on threads share its output channels, not its images
+SCATTER_BYTES = 2**18  # of a tile of pass B, where currents are computed by channel
+TILE_A, TILE_B, TILE_SPLIT = 256, 640, 1280  # outputs of a tile of pass A and of pass B; of both, if split
+
+
+def structure(name, **types):
+    """A structure of the kernels': type -> names, in the order of events.cpp."""
+    fields = [(field, kind) for kind, names in types.values() for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+POINTERS, DOUBLES, INTS, LONGS = ctypes.c_void_p, ctypes.c_double, ctypes.c_int, ctypes.c_int64
+BranchArguments = structure(
+    "BranchArguments",
+    a=(POINTERS, "bits active base ptr weights values Q"),
+    b=(DOUBLES, "scale"),
+    c=(INTS, "H W C k s p still"),
+)
+LayerArguments = structure(
+    "LayerArguments",
+    a=(POINTERS, "branches bias"),
+    b=(INTS, "n_branches T B H W O OB scatter split frames images rows"),
+)
+FiringArguments = structure(
+    "FiringArguments",
+    a=(DOUBLES, "lam point Vth of_y of_mean of_repr"),
+    b=(POINTERS, "scale shift w y_mean y_repr mean repr bits"),
+)
+ClampArguments = structure(
+    "ClampArguments",
+    a=(POINTERS, "g y_repr scale shift"),
+    b=(DOUBLES, "low high ceiling gain"),
+    c=(LONGS, "M C"),
+)
+
+
+class Kernels:
+    """The functions of the built library, for tensors: `kernels("fire", like, ...)`."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+
+    def __call__(self, name, like, *arguments):
+        """`like`: a tensor of the type to compute in, or None."""
+        if like is not None:
+            name += "_f64" if like.dtype == torch.float64 else "_f32"
+        function = getattr(self.library, name)
+        function(*[POINTERS(x.data_ptr()) if torch.is_tensor(x) else x for x in arguments])
+
+
+class Spikes:
+    """A spike train as bits, (T*B*H*W, words of 16 channels), and lists of the active channels by pixel."""
+
+    def __init__(self, kernels, bits, shape, dtype):
+        self.kernels, self.bits, self.shape, self.dtype = kernels, bits, torch.Size(shape), dtype
+        self.images, self.channels, self.height, self.width = (*shape, 1, 1)[:4]
+        self.base = torch.empty(self.images + 1, dtype=torch.int64)
+        size = LONGS(self.images), LONGS(bits.numel() // max(1, self.images))
+        kernels("count_spikes", None, bits, self.base, *size)
+
+    @property
+    def padded(self):
+        """Channels, as many as whole words hold."""
+        return WORD * self.bits.shape[1]
+
+    @cached_property
+    def density(self):
+        return self.base[-1].item() / max(1, self.shape.numel())
+
+    @cached_property
+    def lists(self):
+        """(active, ptr), see events.cpp; with room for what vectors read and write beyond the end."""
+        size = [LONGS(n) for n in (self.images, self.height, self.width, self.bits.shape[1])]
+        ptr = torch.empty(self.images * (self.height * self.width + 1), dtype=torch.int32)
+        active = torch.empty(self.base[-1].item() + 4 * self.images + 64, dtype=torch.int16)
+        self.kernels("list_spikes", None, self.bits, self.base, ptr, active, *size)
+        return active, ptr
+
+    def dense(self, dtype=None):
+        """As a tensor (T*B, ...) of 0 and 1."""
+        return torch.cat(list(self.split(self.images))).to(dtype or self.dtype)
+
+    def split(self, rows):
+        """The same, some rows at a time."""
+        pixels = self.height * self.width
+        bytes_ = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
+        of_byte = (bytes_ >> torch.arange(8, dtype=torch.uint8) & 1).to(self.dtype)  # (256, 8)
+        for bits in self.bits.split(rows * pixels):
+            values = F.embedding(bits.view(torch.uint8).int(), of_byte).flatten(1)[:, : self.channels]
+            values = values.view(-1, *self.shape[2:], self.channels)
+            yield values.movedim(-1, 1)
+
+    def count(self):
+        """How many are not zero."""
+        return self.base[-1].clone()
+
+
+class KernelLayer:
+    """A layer as the kernels see it: its branches, its blocks of channels, its tiles."""
+
+    def __init__(self, kernels, shape, timesteps, weights, like):
+        """shape: (T*B, H, W, O), O whole words. `like`: a tensor of the type to compute in."""
+        self.kernels, self.like, self.timesteps = kernels, like, timesteps
+        self.images, self.height, self.width, self.channels = shape
+        self.threads = torch.get_num_threads()
+        size = sum(weight.numel() for weight in weights) * like.element_size()
+        self.block = 32 if self.channels % 32 == 0 and size / self.channels * 32 <= BLOCK_BYTES else WORD
+        self.split = size > SPLIT_BYTES and self.channels // self.block >= self.threads
+        self.scatter = bool(weights) and self.channels == WORD
+        self.branches, self.kept, self.bias = [], [], like.new_zeros(self.channels)
+
+    def add(self, shape, linear=None, scale=1.0, still=False, **tensors):
+        """A branch with an input of `shape` (rows, H, W, C): bits, active, base, ptr, weights, values, Q."""
+        kernel, stride, padding = geometry(linear)
+        numbers = dict(
+            H=shape[1], W=shape[2], C=shape[3], k=kernel[0], s=stride[0], p=padding[0], still=still
+        )
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        self.branches.append(BranchArguments(**pointers, **numbers, scale=scale))
+        self.kept.append(tensors)
+
+    def new_Q(self, weight, inputs):
+        """Zeros for a Q of `inputs` channels, whole words."""
+        rows = inputs * weight[0, 0].numel()
+        return self.like.new_zeros(
+            1 if self.split else self.threads, self.channels // self.block, rows, self.block
+        )
+
+    def tile(self, of_a, of_b):
+        """Choose the tiles of the passes: so many outputs."""
+        pixels, batch = self.height * self.width, self.images // self.timesteps
+        share = 1 if self.split else self.threads
+        self.frames = max(1, min(of_a // pixels, -(-self.images // share)))
+        if self.scatter:
+            of_b = SCATTER_BYTES // (WORD * self.like.element_size())
+        rows = min(self.height, max(1, of_b // (self.timesteps * self.width)))
+        self.rows = -(-self.height // -(-self.height // rows))  # strips of about the same height
+        self.batch_of_tile = max(1, min(of_b // (self.timesteps * pixels), -(-batch // share)))
+
+    def arguments(self):
+        self.array = (BranchArguments * len(self.branches))(*self.branches)
+        size = self.timesteps, self.images // self.timesteps, self.height, self.width, self.channels
+        tiles = self.frames, self.batch_of_tile, self.rows
+        pointers = ctypes.addressof(self.array), self.bias.data_ptr()
+        layer = LayerArguments(
+            *pointers, len(self.branches), *size, self.block, self.scatter, self.split, *tiles
+        )
+        return ctypes.byref(layer)
+
+    def sums(self):
+        """Pass A: -> the sums of y and of y*y over time, batch and space, (2, O)."""
+        sums = torch.zeros(self.threads, 2, self.channels, dtype=torch.float64)
+        self.kernels("statistics", self.like, self.arguments(), sums)
+        return sums.sum(0)
+
+    def fire(self, neuron, scale, shift, shape, needed):
+        """Pass B: -> Spikes and Moments of a layer of `shape`, (T*B, ...)."""
+        (lam, kappa), T, channels, like = neuron.leak, neuron.timesteps, shape[1], self.like
+        weights = neuron.weights or [1 / T] * T
+
+        def of_channels(v):
+            return filled_up((kappa * v).expand(channels), self.channels).contiguous()
+
+        scale, shift, w = of_channels(scale), of_channels(shift), like.new_tensor(weights)
+        one_step = (shape[0] // T, *shape[2:], self.channels)
+        moments = [like.new_empty(one_step) for _ in range(4)]
+        bits = torch.empty(self.images * self.height * self.width, self.channels // WORD, dtype=torch.int16)
+        amplitude, Vth = neuron.amplitude.item(), neuron.Vth.item()
+        numbers = lam, neuron.alpha * Vth, Vth, 1 / T, amplitude / T, amplitude
+        pointers = [tensor.data_ptr() for tensor in (scale, shift, w, *moments, bits)]
+        self.kernels("fire", like, self.arguments(), ctypes.byref(FiringArguments(*numbers, *pointers)))
+        y_mean, y_repr, mean, representation = [x[..., :channels].movedim(-1, 1) for x in moments]
+        spikes = Spikes(self.kernels, bits, shape, like.dtype)
+        return spikes, Moments(y_mean, y_repr, mean, representation) if needed else None
+
+
+def channels_last(x):
+    """(B, C, ...) -> contiguous (B, ..., C)."""
+    return x.movedim(1, -1).contiguous()
+
+
+def whole_words(x):
+    """(B, C, H, W), or (B, C) -> contiguous (B, H, W, C), C filled up by zeros to whole words."""
+    x = channels_last(x)
+    return filled_up(x.view(len(x), *x.shape[1:-1] or (1, 1), -1), -(-x.shape[-1] // WORD) * WORD)
+
+
+def filled_up(x, channels):
+    """x (..., C) with zeros for the channels that it lacks."""
+    return x if x.shape[-1] == channels else F.pad(x, (0, channels - x.shape[-1]))
+
+
+def geometry(linear):
+    """Kernel, stride, padding of a convolution; a linear map is one of 1x1, the identity one of 0x0."""
+    if isinstance(linear, nn.Conv2d):
+        return linear.kernel_size, linear.stride, linear.padding
+    return ((0, 0) if linear is None or isinstance(linear, nn.Identity) else (1, 1)), (1, 1), (0, 0)
+
+
+def is_plain(linear, width):
+    """Whether the kernels take the map: square, three outputs a row for a spike, places of 16 bits."""
+    if isinstance(linear, nn.Conv2d) and (linear.groups != 1 or linear.dilation != (1, 1)):
+        return False
+    kernel, stride, padding = geometry(linear)
+    if any(a != b for a, b in (kernel, stride, padding)):
+        return False
+    channels = -(-linear.weight.shape[1] // WORD) * WORD
+    fits = math.prod(kernel) * channels < 2**16 and width * channels <= 2**16 and (width + 4) ** 2 < 2**16
+    return fits and kernel[0] <= 3 * stride[0]

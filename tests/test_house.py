@@ -1,0 +1,29 @@
+"""The house rules on size: what a newcomer has to read stays short."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+APART = ("tests", "benchmarks")
+FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in APART]
+FILES = [path for path in FILES if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+LINES = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in FILES}
+
+
+def test_no_file_is_over_280_lines_and_all_together_not_over_4650():
+    assert {"reproduce.py", "models/neurons.py", "utils/training.py", "imagenet/main.py"} <= LINES.keys()
+    assert {name: len(lines) for name, lines in LINES.items() if len(lines) > 280} == {}
+    assert sum(map(len, LINES.values())) <= 4650
+
+
+def test_no_function_is_over_50_lines():
+    long = {}
+    for name, lines in LINES.items():
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50:
+                long[f"{name}: {node.name}"] = node.end_lineno - node.lineno + 1
+    assert long == {}
+
+
+def test_the_checks_of_foreign_files_are_one_room():
+    assert len(LINES["utils/foreign.py"]) <= 120

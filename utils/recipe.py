@@ -1,0 +1,48 @@
+"""The paper's recipe: its optimizers and the learning rate."""
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from utils.cli import explained
+from utils.foreign import check_optimizer
+
+
+def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=False):
+    """ "sgd" or "adam"; thresholds get the learning rate and weight decay of the weights."""
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+def load_optimizer(optimizer, state, path):
+    """Take over the state of a checkpoint's optimizer, but not its settings; refuse another kind's."""
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    with explained(lambda why: f"the optimizer state in {path} does not fit: {why}"):
+        if state["param_groups"][0].keys().isdisjoint(settings.keys() & {"momentum", "betas"}):
+            raise ValueError("it belongs to another --optimizer")
+        optimizer.load_state_dict(state)
+        check_optimizer(optimizer)
+    for group in optimizer.param_groups:
+        group.update(settings)
+
+
+def cosine(epoch, epochs):
+    """The factor of an epoch: (1 + cos(pi*epoch/epochs)) / 2."""
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def warmup_cosine(optimizer, *, lr, epochs, steps_per_epoch, warmup, first_step=0, within=False):
+    """Per-epoch cosine, times (step+1)/warmup over the first `warmup` steps of the run; stepped once a batch.
+
+    Resumed runs start at `first_step`; `within`: warm-up ends with the first epoch, officially on ImageNet.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+
+    def factor(step):
+        warm = within and step >= steps_per_epoch or step + 1 >= warmup
+        return cosine(step // steps_per_epoch, epochs) * (1.0 if warm else (step + 1) / warmup)
+
+    return LambdaLR(optimizer, factor, last_epoch=first_step - 1)
