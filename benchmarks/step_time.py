@@ -6,8 +6,8 @@
     python benchmarks/step_time.py --weights checkpoint/.../NAME.pth --images FOLDER/train
 
 Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`; by the engines `events`
-and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rate-` of these; `ann` (ReLUs, one
-time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). They
+and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rate-` of these; `ann` (ReLUs,
+one time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). They
 take turns, step by step; a figure is the median. Peak memory is that of a process of its own: VmHWM, or
 max_memory_allocated on a GPU. Time follows the firing rates: those of the first step are printed as well.
 """

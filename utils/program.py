@@ -183,6 +183,7 @@ def build_model(args, classes, device, create_model):
 
 def say_engine(model, device, precision):
     """Print which engine computes the spiking layers, and why it is not the event engine."""
+    device = torch.device(device)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             engine, reason = model.engine_in_use(device)

@@ -367,7 +367,9 @@ def test_published_defaults():
 def test_a_resumed_run_may_change_where_and_how_not_what():
     parser = get_parser("test", lr=0.1, processes=True)
     free = "path test_batch local_rank name manualSeed checkpoint resume save_every print_freq evaluate"
-    free += " rate_stat workers pin_memory device compile deterministic preset warmup_within_first_epoch"
+    free += (
+        " rate_stat workers pin_memory device engine compile deterministic preset warmup_within_first_epoch"
+    )
     assert set(vars(parser.parse([]))) - set(parser.fixed) == set(free.split())
 
 

@@ -398,3 +398,36 @@ def test_compiled_loops(float64):
     torch.testing.assert_close(logits[1], logits[0])
     for p, q in zip(model.parameters(), compiled.parameters()):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_on_the_firing_rate_of_a_hidden_layer(kind, float64):
+    """Its gradient is that of autograd through the unrolled network, whatever weights a representation has."""
+
+    class Penalized(Net):
+        def spike(self, train):
+            first = spiking_layer([(self.stem, train)], self.bn0, self.n0)
+            self.penalty = first.rate().square().sum()
+            second = spiking_layer([(self.conv1, first)], self.bn1, self.n1)
+            pooled = second.map(nn.AdaptiveAvgPool2d(1)).map(nn.Flatten())
+            return spiking_layer([(nn.Linear(6, 5, bias=False), pooled)], self.bn3, self.n5)
+
+    model, x, grads = Penalized(kind, 4), torch.randn(3, 3, 8, 8), []
+    randomize(model)
+    for model.backward in ("unrolled", "collapsed"):
+        torch.manual_seed(3)
+        model.zero_grad()
+        (model(x).square().sum() + model.penalty).backward()
+        grads.append([model.stem.weight.grad.clone(), model.n0.Vth.grad.clone()])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
+    assert grads[0][0].any()
+
+
+def test_unknown_backward_passes_and_trains_of_another_length_are_refused():
+    model = Net("if", 3)
+    assert model.backward == "collapsed"
+    with pytest.raises(ValueError, match="unknown backward"):
+        model.backward = "colapsed"
+    model.n1.timesteps = 5
+    with pytest.raises(ValueError, match="3 time steps meets a neuron layer of 5"):
+        model(torch.randn(2, 3, 8, 8))
