@@ -402,7 +402,7 @@ def test_compiled_loops(float64):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_penalty_on_the_firing_rate_of_a_hidden_layer(kind, float64):
-    """Its gradient is that of autograd through the unrolled network, whatever weights a representation has."""
+    """Its gradient is that of autograd through the unrolled network, whatever its weights."""
 
     class Penalized(Net):
         def spike(self, train):
