@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from models import create_model, list_models
+from models import create_model, fit_thresholds, list_models
 from models.engines import ENGINES
 from models.layers import BACKWARDS
 from models.registry import CIFAR_SETTINGS
@@ -54,4 +54,5 @@ def main(argv=None, description="", lr=0.1, processes=False):
     source, takes = DATASETS[args.dataset], INPUTS[args.model]
     fit = f"--model {args.model} takes {takes[0]} of {takes[1]}, --dataset {args.dataset} holds"
     require(takes == (source.inputs, source.shape), f"{fit} {source.inputs} of {source.shape}; choose others")
-    run(args, files=run_files(args), device=device, fixed=parser.fixed, create_model=create_model)
+    own = dict(create_model=create_model, fit_thresholds=fit_thresholds)
+    run(args, files=run_files(args), device=device, fixed=parser.fixed, **own)

@@ -22,16 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.utils.data import Subset
 
-from models import create_model, list_models
+from models import IFNeuron, LIFNeuron, create_model, fit_thresholds, list_models
 from models.engines import ENGINES
 from models.layers import BACKWARDS
 from models.registry import IMAGENET_SETTINGS
+from models.thresholds import fit_to_activations
 from utils import checkpoint, distributed, foreign
 from utils.calibration import calibrate, load_thresholds
 from utils.cli import Parser, choose_device, explained, number, read_presets, require, run_program
-from utils.data import loader, read_folder
+from utils.data import loader, unaugmented
 from utils.program import add_flags, count, load, natural, run
 from utils.records import RunFiles
+from utils.statistics import threshold_name
 
 SCRIPT, SEED_FLAG = "imagenet/main.py", "--seed"
 (ROWS,) = read_presets(Path(__file__).with_name("presets.md"))
@@ -54,6 +56,10 @@ def get_parser():
     add("--calibrate_batches", type=count, default=5, help="batches for --calculate_Vth, 1 or more")
     text = "images for --calculate_Vth (the official code: val)"
     add("--calibrate_split", choices=("train", "val"), default="train", help=text)
+    text = "quantile: 0.999 of the activations lie below it; error: spikes within --timesteps fit them best"
+    add("--calibrate_by", choices=("quantile", "error"), default="quantile", help=text)
+    text = "neurons for which --calibrate_by error chooses, with --alpha (lif: --tau, --delta_t)"
+    add("--calibrate_neuron", choices=("if", "lif"), default="if", help=text)
     add = parser.group("processes", may_change=True)
     text = "start the processes of this machine: one for each GPU, or --cpu_processes without one"
     add("--multiprocessing-distributed", action="store_true", help=text)
@@ -94,6 +100,8 @@ def main(argv=None):
     for name in LAUNCHING:
         delattr(args, name)
     files = run_files(args)
+    twice = args.load_Vth and args.Vth == "auto"
+    require(not twice, "--load_Vth and --Vth auto both choose the thresholds; leave one out")
     if args.calculate_Vth:
         calculate_thresholds(args, files.folder, device)
         return
@@ -106,7 +114,8 @@ def main(argv=None):
             load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
         return bool(args.pre_train)
 
-    run(args, files=files, device=device, fixed=parser.fixed, create_model=create_model, prepare=prepare)
+    own = dict(create_model=create_model, fit_thresholds=fit_thresholds, prepare=prepare)
+    run(args, files=files, device=device, fixed=parser.fixed, **own)
 
 
 def launch(argv, args, device):
@@ -155,11 +164,15 @@ def calculate_thresholds(args, folder, device):
     checkpoint.load_weights(model, foreign.load(path)["state_dict"], path)
     images, order = data.test, torch.arange(len(data.test))
     if args.calibrate_split == "train":
-        images = read_folder(data.train.root, data.test.transform)  # unaugmented
+        images = unaugmented(data)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.manualSeed or 0))
     chosen = order[: args.calibrate_batches * args.train_batch].tolist()
     batches = loader(Subset(images, chosen), args.train_batch, args.workers, False)
-    thresholds = calibrate(model, (batch.to(device) for batch, _ in batches), len(chosen))
+    batches = (batch.to(device) for batch, _ in batches)
+    if args.calibrate_by == "error":
+        thresholds = least_error(args, model, batches)
+    else:
+        thresholds = calibrate(model, batches, len(chosen))
     for name, value in thresholds.items():
         print(f"{name:24} {value:10.4f}")
     dead = ", ".join(name for name, value in thresholds.items() if not 0 < value < math.inf)
@@ -168,6 +181,17 @@ def calculate_thresholds(args, folder, device):
     if distributed.rank() == 0:
         checkpoint.save(thresholds, file)
     print(f"thresholds of {len(chosen)} images of {args.calibrate_split}: {file}")
+
+
+def least_error(args, model, batches):
+    """Layer -> the value at which spikes represent the ANN's activations best, as a threshold file has it."""
+    settings = dict(timesteps=args.timesteps, alpha=args.alpha)
+    neuron, unit = IFNeuron(**settings), 1.0
+    if args.calibrate_neuron == "lif":  # such a layer will start at the value times delta_t
+        neuron, unit = LIFNeuron(tau=args.tau, delta_t=args.delta_t, **settings), args.delta_t
+    fits = fit_to_activations(model.eval(), batches, neuron)
+    values = {name: fit.fitted.Vth / unit if fit.alive else 0.0 for name, fit in fits.items()}
+    return {threshold_name(name): torch.tensor(value) for name, value in values.items()}
 
 
 if __name__ == "__main__":

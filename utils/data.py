@@ -1,6 +1,7 @@
 """Data sets. Every random choice about a sample is a function of (seed, epoch, sample index) alone."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -92,6 +93,13 @@ def read_folders(train, test, augment, steps):
     differing = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
     require(not differing, f"{both}; they differ in: {differing}")
     return train, test
+
+
+def unaugmented(data):
+    """The training set, seen as the test set is."""
+    plain = copy(data.train)
+    plain.transform = data.test.transform
+    return plain
 
 
 def read_folder(folder, transform):

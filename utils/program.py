@@ -10,6 +10,7 @@ from utils import checkpoint, distributed
 from utils.cli import UserError, number, require, warn
 from utils.data import load_data, test_loader, train_loader
 from utils.statistics import neuron_layers
+from utils.thresholds import start_thresholds
 from utils.training import Run, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
@@ -19,12 +20,18 @@ count, natural = number(int, 1), number(int, 0)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 
 
+def threshold(text):
+    """The argparse type of --Vth."""
+    return text if text == "auto" else positive(text)
+
+
 def add_flags(parser, *, models, model_flags, seed_flag, backwards, engines, neurons, **defaults):
     """The flags of every program, in groups; each has its own `defaults`, and those of `neurons`."""
     add = parser.group("network and neurons")
     add(*model_flags, dest="model", choices=models, metavar="NAME", help="one of: " + ", ".join(models))
     add("--timesteps", type=count, metavar="T", help="time steps, 1 or more: the latency")
-    add("--Vth", type=positive, help="initial threshold, in the unit of the currents; above 0")
+    text = "initial threshold, in the unit of the currents, above 0; auto: fitted to some training images"
+    add("--Vth", type=threshold, metavar="VTH", help=text)
     add("--tau", type=positive, help="LIF: time constant of the membrane, in the unit of --delta_t; above 0")
     add("--delta_t", type=positive, help="LIF: length of a time step; above 0")
     add("--alpha", type=number(float, 0, open_low=True, high=1), help="fire at alpha*Vth; above 0, at most 1")
@@ -65,6 +72,8 @@ def add_run_flags(add, seed_flag):
     add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
     add("--save_every", type=natural, default=0, metavar="N", help="a checkpoint every N iterations; 0: none")
     add("-p", "--print-freq", type=natural, default=0, metavar="N", help="a line every N iterations; 0: none")
+    text = "print thresholds, representation errors and firing rates, and what --Vth auto would choose"
+    add("--show_Vth", action="store_true", help=text)
     add("-e", "--evaluate", action="store_true", help="only test the model")
     add("--rate_stat", type=int, choices=(0, 1), default=0, help="1: --evaluate saves firing rates")
     add("-j", "--workers", type=number(int, 0, high=256), default=4, help="processes to load data, 0 to 256")
@@ -76,9 +85,10 @@ def load(args):
     return load_data(args.dataset, args.path, args.timesteps, getattr(args, "image_size", None))
 
 
-def run(args, *, files, device, fixed, create_model, prepare=None):
+def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=None):
     """Train or evaluate as the flags say; a run that goes on must keep the `fixed` ones. Raises UserError.
 
+    `create_model` and `fit_thresholds` are those of `models`.
     `prepare(model)` gives a model its first weights and says whether they are trained.
     """
     validate(args)
@@ -105,8 +115,10 @@ def run(args, *, files, device, fixed, create_model, prepare=None):
     if args.evaluate:
         if not trained:
             warn("no --resume: these weights are not trained")
+        start_thresholds(model.eval(), fit_thresholds, data, args, resumed, device)
         report(model, test, device, args.precision, files.firing_rates if args.rate_stat else None)
         return
+    start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
     train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
     run = Run(args=args, files=files, device=device, model=model, train_loader=train, test_loader=test)
     if resumed:
@@ -122,7 +134,7 @@ def validate(args):
     slash, n = "/" in args.name or "\\" in args.name, distributed.world_size()
     require(not slash, f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
     low = f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that"
-    require(args.Vth >= args.Vth_bound, low)
+    require(args.Vth == "auto" or args.Vth >= args.Vth_bound, low)
     require(args.momentum or not args.nesterov, "--nesterov needs a --momentum above 0")
     share = f"the batch size {args.train_batch} is the total of {n} processes: use a multiple of it"
     require(args.train_batch % n == 0, share)
@@ -167,6 +179,8 @@ def compare(args, resumed, source, fixed):
 def build_model(args, classes, device, create_model):
     """The network of the flags, on the device."""
     settings = {name: getattr(args, name) for name in MODEL_SETTINGS}
+    if args.Vth == "auto":  # until they are fitted: spikes of size 1
+        settings["Vth"] = max(args.delta_t if args.model.endswith("_lif") else 1.0, args.Vth_bound)
     model = create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings)
     model = model.to(device)
     if args.compile:

@@ -119,7 +119,7 @@ def warn_if_silent(model):
     """A network in which no spike gets through learns nothing, and nothing else would tell."""
     first = next(parameter for parameter in model.parameters() if parameter.dim() > 1)
     if not first.grad.any():
-        hint = "lower --Vth or --alpha, or raise --timesteps, --delta_t or the batch size"
+        hint = "say --Vth auto, or lower --Vth or --alpha, or raise --timesteps, --delta_t or the batch size"
         warn(f"the gradient of the first batch is exactly zero at the first layer; {hint}")
 
 

@@ -317,6 +317,11 @@ template <class F> struct Scratch {
     }
   }
 };
+template <class F> Scratch<F>& own_scratch(const Layer<F>& L) {  // of a thread, which keeps it: new memory is slow
+  static thread_local Scratch<F> scratch;
+  scratch.begin(L);
+  return scratch;
+}
 // The bias, and what needs no kernel: the first of these is added to the bias, the others to what is there.
 template <class F, int OB> void start_currents(const Layer<F>& L, const Tile& t, int block, F* y) {
   constexpr int N = OB / LANES<F>;
@@ -395,8 +400,7 @@ template <class F, int OB> void add_sums(const Layer<F>& L, const Tile& t, const
 template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
   const int64_t images = int64_t(L.T) * L.B, tiles = (images + L.frames - 1) / L.frames, blocks = L.O / OB;
   on_threads(L.split ? blocks : tiles, [&](int64_t id, Share mine) {
-    static thread_local Scratch<F> scratch;  // kept: new memory costs more than it holds
-    scratch.begin(L);
+    Scratch<F>& scratch = own_scratch(L);
     const Share own_tiles = L.split ? Share{0, tiles} : mine, own = L.split ? mine : Share{0, blocks};
     for (int64_t i = own_tiles.from; i < own_tiles.to; i++) {
       const int64_t first = i * L.frames;
@@ -462,8 +466,7 @@ template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {
   const int64_t strips = (L.H + L.rows - 1) / L.rows, groups = (L.B + L.images - 1) / L.images, blocks = L.O / OB;
   const int64_t words = L.O / WORD, step = int64_t(L.B) * L.H * L.W * words, tiles = groups * strips;
   on_threads(L.split ? blocks : tiles, [&](int64_t, Share mine) {
-    static thread_local Scratch<F> scratch;  // kept: new memory costs more than it holds
-    scratch.begin(L);
+    Scratch<F>& scratch = own_scratch(L);
     const Share own_tiles = L.split ? Share{0, tiles} : mine, own = L.split ? mine : Share{0, blocks};
     for (int64_t i = own_tiles.from; i < own_tiles.to; i++) {
       const int64_t first = i / strips * L.images;

@@ -367,9 +367,8 @@ def test_published_defaults():
 def test_a_resumed_run_may_change_where_and_how_not_what():
     parser = get_parser("test", lr=0.1, processes=True)
     free = "path test_batch local_rank name manualSeed checkpoint resume save_every print_freq evaluate"
-    free += (
-        " rate_stat workers pin_memory device engine compile deterministic preset warmup_within_first_epoch"
-    )
+    free += " rate_stat show_Vth workers pin_memory device engine compile deterministic preset"
+    free += " warmup_within_first_epoch"
     assert set(vars(parser.parse([]))) - set(parser.fixed) == set(free.split())
 
 
@@ -396,3 +395,20 @@ def test_runs_by_path_from_anywhere(images, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "checkpoint" / "imagefolder" / f"{STEM}_best.pth").is_file()
     assert "epoch 1/1: loss" in ended.stdout and "\r" not in ended.stderr  # no progress bar off a terminal
+
+
+def test_fitted_thresholds_are_recorded_and_not_fitted_again(small, monkeypatch, capsys):
+    folder = small("--Vth auto --train_Vth 0 --epochs 1 --show_Vth")
+    assert re.search(r"^thresholds: \S+ to \S+, fitted to 10 training images$", capsys.readouterr().out, re.M)
+    fitted = json.loads((folder / f"{STEM}.json").read_text())["fitted_Vth"]
+    saved = {name: value.item() for name, value in weights(folder).items() if name.endswith("Vth")}
+    assert len(fitted) == len(saved) == 21 and len(set(saved.values())) > 10
+    assert sorted(fitted.values()) == pytest.approx(sorted(saved.values()))
+
+    def again(*_, **__):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr("cifar.program.fit_thresholds", again)
+    small(f"--Vth auto --train_Vth 0 --epochs 2 --resume {folder / STEM}.pth")
+    assert json.loads((folder / f"{STEM}.json").read_text())["fitted_Vth"] == fitted
+    assert {name: value.item() for name, value in weights(folder).items() if name.endswith("Vth")} == saved

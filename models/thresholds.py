@@ -1,0 +1,264 @@
+"""Thresholds that fit the data, for any data set, network and number of time steps (section 4.3).
+
+A neuron layer stands for a ReLU of its currents' representation. A threshold that is too high makes few,
+coarse spikes, or none; one that is too low cuts off what lies above it. The best one in between follows from
+the currents themselves.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+LOWEST_QUANTILE = 0.1  # of the positive representations: no lower threshold is tried
+COARSE, FINE, ROUNDS = 32, 10, 2  # how many thresholds are tried: at first, then near the best, twice
+FEW = 2**12  # elements are enough at first
+NEAR = 1.2  # the last round looks that far, as a factor
+TELLING = 0.9  # the correlation that is needed, as a fraction of the highest that any threshold has
+NOISE = 0.01  # errors that differ by less, relatively, count as equal
+
+
+@dataclass
+class Fit:
+    """A threshold, and how a layer does with it on a sample of its currents.
+
+    Vth: in the unit of the currents. error: mean of (representation of the spikes - ReLU of the
+    representation of the currents)^2, as a multiple of the mean of ReLU^2; 1 for a silent layer.
+    rate: fraction of (neuron, step) that fires. correlation: squared, of the two representations over the
+    elements; what a factor and an offset, as of the next batch norm, could take away does not count.
+    """
+
+    Vth: float
+    error: float
+    rate: float
+    correlation: float
+
+
+@dataclass
+class LayerFit:
+    """Of a neuron layer: the threshold that it had, the one that fits, and whether any makes it fire."""
+
+    given: Fit
+    fitted: Fit
+    alive: bool
+
+
+@torch.no_grad()
+def fit_thresholds(model, batches, *, apply=True, samples=2**16, seed=0):
+    """Start every neuron layer of `model` at the threshold that fits its currents; -> layer -> LayerFit.
+
+    Of all Vth of at least Vth_bound that make the layer fire, the one with the least mean square of
+    representation(spikes(Vth)) - relu(representation(currents)), the latter divided by tau for LIF: over a
+    sample of `samples` elements, drawn by `seed`. Thresholds whose spikes tell the elements apart much worse
+    than others do are left out: behind a pool, where all currents are positive, the least error can be spikes
+    that always come, which tell the next layer as little as silence. Each batch passes forward once, and in
+    it each layer sees the spikes that the layers before it emit with their new thresholds; with several
+    batches a layer fits all that it has met so far. A layer that no such threshold makes fire keeps its
+    own, but at least Vth_bound.
+
+    batches: tensors that the model takes, on its device. The model runs in the mode that it is in, training
+    or evaluation, but without dropout; nothing but the thresholds changes, trained and fixed ones alike.
+    apply: False leaves the thresholds as they are too, and only reports. Layers come in the order of the
+    forward pass, under their names in the state-dict. Raises ValueError for no batches, and whatever the
+    model raises for batches that do not suit it.
+    """
+    batches, fits = list(batches), {}
+    share = share_of_batch(samples, batches)
+
+    def hook(name, neuron):
+        sample, given = Sample(share, seed), neuron.Vth.item()
+
+        def fit(_neuron, inputs):
+            currents = inputs[0].unflatten(0, (neuron.timesteps, -1))
+            sample.add(currents, highest_potential(neuron, currents))
+            fits[name] = fit_layer(neuron, sample, given)
+            if apply:
+                neuron.Vth.data.fill_(fits[name].fitted.Vth)
+
+        return neuron.register_forward_pre_hook(fit)
+
+    neurons = [(name, module) for name, module in model.named_modules() if hasattr(module, "Vth")]
+    with undisturbed(model, [hook(*layer) for layer in neurons]):
+        for batch in batches:
+            model(batch)
+    return fits
+
+
+@torch.no_grad()
+def fit_to_activations(ann, batches, neuron, *, samples=2**16, seed=0):
+    """Thresholds for the neuron layers that will stand in the ReLUs' place; -> layer -> LayerFit.
+
+    As `fit_thresholds`, but the currents are what enters the ReLUs of `ann`, the same at every time step.
+    neuron: an IF or LIF layer with the settings of those to come; its threshold stays as it is. Raises
+    ValueError for no batches.
+    """
+    batches, fits = list(batches), {}
+    share = share_of_batch(samples, batches)
+
+    def hook(name, relu):
+        sample = Sample(share, seed)
+
+        def fit(_relu, inputs):
+            T = neuron.timesteps
+            sample.add(
+                inputs[0].flatten().expand(T, -1), highest_potential(neuron, inputs[0].max().expand(T, 1))
+            )
+            fits[name] = fit_layer(neuron, sample, neuron.Vth.item())
+
+        return relu.register_forward_pre_hook(fit)
+
+    relus = [(name, module) for name, module in ann.named_modules() if isinstance(module, nn.ReLU)]
+    with undisturbed(ann, [hook(*layer) for layer in relus]):
+        for batch in batches:
+            ann(batch)
+    return fits
+
+
+def share_of_batch(samples, batches):
+    """How many elements of a layer to look at in each batch."""
+    if not batches:
+        raise ValueError("no batches to fit thresholds to")
+    return math.ceil(samples / len(batches))
+
+
+@contextmanager
+def undisturbed(model, hooks):
+    """While open, the forward pass calls every layer and has no dropout; then all is as before, unhooked."""
+    modules = list(model.modules())
+    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.training]
+    backward, model.backward = getattr(model, "backward", None), "unrolled"
+    try:
+        for dropout in dropouts:
+            dropout.eval()
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for dropout in dropouts:
+            dropout.train()
+        for buffer, value in statistics:
+            buffer.copy_(value)
+        model.backward = backward
+
+
+class Sample:
+    """What a layer has met: currents (T, n) of at most `share` elements of each batch; the highest potential.
+
+    The elements are drawn by `seed`, alike in every process and on every device.
+    """
+
+    def __init__(self, share, seed):
+        self.share, self.generator = share, torch.Generator().manual_seed(seed)
+        self.currents, self.highest = None, -math.inf
+
+    def add(self, currents, highest):
+        """Take in the currents (T, B, ...) of a batch and the highest potential of them."""
+        currents, self.highest = currents.flatten(1), max(self.highest, highest)
+        n = currents.shape[1]
+        if n > self.share:
+            chosen = torch.randint(n, (self.share,), generator=self.generator)
+            currents = currents[:, chosen.to(currents.device)]
+        parts = [currents] if self.currents is None else [self.currents, currents]
+        self.currents = torch.cat(parts, 1)
+
+
+def highest_potential(neuron, currents):
+    """The highest membrane potential that currents (T, B, ...) charge up to where nothing fires."""
+    lam, kappa = neuron.leak
+    potential, highest = torch.zeros_like(currents[0]), -math.inf
+    for current in currents:
+        potential.mul_(lam).add_(current, alpha=kappa)
+        highest = max(highest, potential.max().item())
+    return highest
+
+
+def fit_layer(neuron, sample, given):
+    """The LayerFit of a neuron layer, given a threshold, on a Sample; the layer's own stays as it is."""
+    given = try_thresholds(neuron, sample.currents, [max(given, neuron.Vth_bound)])[0]
+    silent_above = sample.highest / neuron.alpha
+    if not neuron.Vth_bound < silent_above < math.inf:
+        return LayerFit(given, given, alive=False)
+    return LayerFit(given, search(neuron, sample.currents, silent_above), alive=True)
+
+
+def search(neuron, currents, silent_above):
+    """The Fit of least error among thresholds from a low quantile to `silent_above`, coarse to fine."""
+    highest = 0.999 * silent_above  # still below it after rounding
+    lowest = max(neuron.Vth_bound, min(lowest_threshold(neuron, currents), highest / 2))
+    highest = max(lowest, highest)
+    tried = geometric(lowest, highest, COARSE)
+    fits = try_thresholds(neuron, currents[:, :: math.ceil(currents.shape[1] / FEW)], tried)
+    needed = TELLING * max(fit.correlation for fit in fits)
+
+    def rank(fit, slack=0.0):
+        return fit.correlation < needed, fit.error * (1 - slack)
+
+    i = min(range(COARSE), key=lambda i: rank(fits[i]))
+    best, low, high = tried[i], tried[max(i - 1, 0)], tried[min(i + 1, COARSE - 1)]
+    for _ in range(ROUNDS):
+        fits = try_thresholds(neuron, currents, [best, *geometric(low, high, FINE)])
+        smooth = try_thresholds(neuron, currents, [lowest_point(fits[1:])])[0]
+        fit = min([smooth, *fits], key=lambda fit: rank(fit, NOISE if fit is smooth else 0.0))
+        best, low, high = fit.Vth, max(lowest, fit.Vth / NEAR), min(highest, fit.Vth * NEAR)
+    return fit
+
+
+def lowest_point(fits):
+    """The threshold where a parabola through the errors is lowest: it evens out the noise of the sample."""
+    x = torch.tensor([math.log(fit.Vth) for fit in fits], dtype=torch.float64)
+    middle, width = (x[0] + x[-1]) / 2, max((x[-1] - x[0]) / 2, 1e-9)
+    x = (x - middle) / width
+    errors = torch.tensor([[fit.error] for fit in fits], dtype=torch.float64)
+    _, slope, curvature = torch.linalg.lstsq(torch.stack([x**0, x, x**2], 1), errors).solution.flatten()
+    lowest = (-slope / (2 * curvature)).clamp(-1, 1) if curvature > 0 else -slope.sign()
+    return math.exp(middle + width * lowest)
+
+
+def geometric(low, high, n):
+    """n numbers from low to high, each the same multiple of the one before."""
+    return [low * (high / low) ** (i / (n - 1)) for i in range(n)]
+
+
+def wanted(neuron, currents):
+    """What the spikes of currents (T, n) should represent: the ReLU of their representation."""
+    return neuron.representation(currents).relu() / getattr(neuron, "tau", 1.0)
+
+
+def lowest_threshold(neuron, currents):
+    """A threshold that would cut off nearly all that there is."""
+    positive = wanted(neuron, currents)
+    positive = positive[positive > 0]
+    if not len(positive):
+        return math.inf
+    rank = 1 + int(LOWEST_QUANTILE * (len(positive) - 1))
+    return positive.kthvalue(rank).values.item() * getattr(neuron, "delta_t", 1.0)
+
+
+def try_thresholds(neuron, currents, thresholds):
+    """How the layer would do with each threshold on currents (T, n); -> as many Fits."""
+    own, target, figures = neuron.Vth.item(), wanted(neuron, currents), []
+    for Vth in thresholds:
+        neuron.Vth.data.fill_(Vth)
+        spikes = neuron.fire(currents)
+        represented = neuron.representation(spikes)
+        error, rate = (represented - target).square().mean(), spikes.count_nonzero() / spikes.numel()
+        figures.append(torch.stack([error, rate, squared_correlation(represented, target)]))
+    neuron.Vth.data.fill_(own)
+    scale = target.square().mean().item()
+    figures = torch.stack(figures).tolist()  # at once: a GPU is waited for only here
+    return [Fit(Vth, relative(error, scale), *others) for Vth, (error, *others) in zip(thresholds, figures)]
+
+
+def squared_correlation(x, y):
+    """Of two tensors over their elements, between 0 and 1; 0 where one is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).mean().square() / (x.square().mean() * y.square().mean()).clamp(min=1e-30)
+
+
+def relative(error, scale):
+    """error / scale; where nothing is wanted any error is infinitely large."""
+    return error / scale if scale else math.inf if error else 0.0

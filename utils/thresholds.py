@@ -1,0 +1,92 @@
+"""The thresholds that a run starts with: fitted to its data, or looked at; the table and the warnings."""
+
+import torch
+
+from utils import distributed
+from utils.cli import warn
+from utils.data import mix_seed, unaugmented
+from utils.statistics import neuron_layers, published_name
+
+IMAGES, BATCHES = 256, 8  # to fit to, at most
+LOOK = 16  # images that tell whether given thresholds suit the data
+LOST = 0.5  # of what a layer should represent: above it a threshold is worth a word
+
+
+def start_thresholds(model, fit_thresholds, data, args, resumed, device):
+    """With --Vth auto fit the thresholds, unless the checkpoint `resumed` holds them; else look at them.
+
+    `fit_thresholds` is that of `models`. All processes look at the same images, in batches of the size of
+    their share, and start at the thresholds of rank 0. What was fitted is kept in `args`, which the files of
+    the run record. With --show_Vth prints the table; warns of layers that the thresholds do not suit.
+    """
+    if not any(neuron_layers(model)):
+        return
+    known = resumed is not None and any(key.endswith("Vth") for key in resumed["state_dict"])
+    if known and args.Vth == "auto":
+        args.fitted_Vth = resumed["args"].get("fitted_Vth")
+    apply = args.Vth == "auto" and not known
+    if not (apply or args.show_Vth) and (known or args.evaluate):
+        return
+    n = IMAGES if apply or args.show_Vth else LOOK
+    batches = some_batches(data, n, args.train_batch // distributed.world_size(), args.manualSeed, device)
+    fits = fit_thresholds(model, batches, apply=apply)
+    fits = {published_name(layer): fit for layer, fit in fits.items()}
+    if apply:
+        args.fitted_Vth = distributed.share({layer: fit.fitted.Vth for layer, fit in fits.items()})
+        for layer, neuron in neuron_layers(model):
+            neuron.Vth.data.fill_(args.fitted_Vth[layer])
+        values, images = args.fitted_Vth.values(), sum(map(len, batches))
+        print(f"thresholds: {min(values):.3g} to {max(values):.3g}, fitted to {images} training images")
+    if args.show_Vth:
+        print("\n".join(table(fits, apply)))
+    warn_of_thresholds(fits, apply)
+
+
+def some_batches(data, n, size, seed, device):
+    """At most n training images without augmentation, drawn by `seed`: tensors of `size` of them or more."""
+    images = unaugmented(data)
+    n = min(n, len(images), BATCHES * size)
+    generator = torch.Generator().manual_seed(mix_seed(seed) >> 1)
+    chosen = torch.randperm(len(images), generator=generator)[:n]
+    parts = chosen.tensor_split(max(1, n // size))  # none smaller: batch norm needs them
+    return [torch.stack([torch.as_tensor(images[i][0]) for i in part.tolist()]).to(device) for part in parts]
+
+
+def table(fits, applied):
+    """The lines of a table of LayerFits; of thresholds that were not fitted, with what would be."""
+    figures = f"{'Vth':>10} {'error %':>8} {'fires %':>8}"
+    lines = [f"{'layer':20} {figures}" + ("" if applied else f"  auto:{figures[6:]}")]
+    for layer, fit in fits.items():
+        shown = [fit.fitted] if applied else [fit.given, fit.fitted]
+        lines.append(" ".join([f"{layer:20}", *map(cells, shown)]))
+    return lines
+
+
+def cells(fit):
+    return f"{fit.Vth:10.4g} {100 * fit.error:8.1f} {100 * fit.rate:8.1f}"
+
+
+def warn_of_thresholds(fits, applied):
+    """Name the layers that are silent, or lose much that a threshold of their own would not."""
+    if applied:
+        dead = [layer for layer, fit in fits.items() if not (fit.fitted.rate or fit.alive)]
+        if dead:
+            warn(f"no threshold of at least --Vth_bound makes these layers fire: {few(dead)}")
+        return
+    silent = [layer for layer, fit in fits.items() if not fit.given.rate]
+    poor = [layer for layer, fit in fits.items() if fit.given.rate and is_poor(fit.given, fit.fitted)]
+    what = [f"do not fire ({few(silent)})"] if silent else []
+    what += [f"lose more than half of what their currents represent ({few(poor)})"] if poor else []
+    if what:
+        text = f"on the first images {len(silent) + len(poor)} of {len(fits)} layers " + " or ".join(what)
+        warn(f"{text}; --Vth auto starts every layer at a threshold that fits the data")
+
+
+def is_poor(given, fitted):
+    return given.error > LOST and given.error > 2 * fitted.error
+
+
+def few(layers):
+    """The first names of a list."""
+    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+    return ", ".join(layers[:3]) + more
