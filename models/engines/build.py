@@ -39,7 +39,7 @@ def find_kernels():
                         build(loader, library, march)
     except Timeout:
         return None, f"another process has been building it for {WAIT} s"
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         return None, (str(error).splitlines() or ["its build failed"])[0]
     return library, None
 
@@ -52,7 +52,8 @@ def build(loader, library, march):
     own = library.with_name(f"{platform.node()}_{os.getpid()}")
     own.mkdir(exist_ok=True)
     print("building the event engine, once: ", end="", flush=True, file=sys.stderr)
-    start = time.perf_counter()
+    start, path = time.perf_counter(), os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])  # pip's ninja
     try:
         options = dict(build_directory=str(own), is_python_module=False, with_cuda=False)
         built = loader.load("dsr_events", [str(SOURCE)], extra_cflags=[*FLAGS, march], **options)
@@ -61,6 +62,7 @@ def build(loader, library, march):
         print("failed", file=sys.stderr)
         raise
     finally:
+        os.environ["PATH"] = path
         shutil.rmtree(own, ignore_errors=True)
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
 
