@@ -10,10 +10,10 @@ FILES = [path for path in FILES if not any(part.startswith(".") for part in path
 LINES = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in FILES}
 
 
-def test_no_file_is_over_280_lines_and_all_together_not_over_5100():
+def test_no_file_is_over_280_lines_and_all_together_not_over_5150():
     assert {"reproduce.py", "models/neurons.py", "utils/training.py", "imagenet/main.py"} <= LINES.keys()
     assert {name: len(lines) for name, lines in LINES.items() if len(lines) > 280} == {}
-    assert sum(map(len, LINES.values())) <= 5100
+    assert sum(map(len, LINES.values())) <= 5150
 
 
 def test_no_function_is_over_50_lines():
@@ -26,4 +26,4 @@ def test_no_function_is_over_50_lines():
 
 
 def test_the_checks_of_foreign_files_are_one_room():
-    assert len(LINES["utils/foreign.py"]) <= 120
+    assert len(LINES["utils/foreign.py"]) <= 125

@@ -38,7 +38,7 @@ def inspect(content):
 
 
 def is_plain(value):
-    """Whether a command line can give it, and a line can show it; or it is fitted thresholds by layer."""
+    """Whether a command line can give it, and a line can show it; or it is thresholds by layer."""
     if isinstance(value, dict):
         return all(isinstance(Vth, float) and 0 < Vth < math.inf for Vth in value.values())
     text = isinstance(value, str) and value.isprintable()

@@ -8,16 +8,15 @@ from utils.data import mix_seed, unaugmented
 from utils.statistics import neuron_layers, published_name
 
 IMAGES, BATCHES = 256, 8  # to fit to, at most
-LOOK = 16  # images that tell whether given thresholds suit the data
 LOST = 0.5  # of what a layer should represent: above it a threshold is worth a word
 
 
 def start_thresholds(model, fit_thresholds, data, args, resumed, device):
-    """With --Vth auto fit the thresholds, unless the checkpoint `resumed` holds them; else look at them.
+    """With --Vth auto fit the thresholds, unless the checkpoint `resumed` holds them.
 
     `fit_thresholds` is that of `models`. All processes look at the same images, in batches of the size of
     their share, and start at the thresholds of rank 0. What was fitted is kept in `args`, which the files of
-    the run record. With --show_Vth prints the table; warns of layers that the thresholds do not suit.
+    the run record. With --show_Vth prints the table, and warns of layers that the thresholds do not suit.
     """
     if not any(neuron_layers(model)):
         return
@@ -25,10 +24,11 @@ def start_thresholds(model, fit_thresholds, data, args, resumed, device):
     if known and args.Vth == "auto":
         args.fitted_Vth = resumed["args"].get("fitted_Vth")
     apply = args.Vth == "auto" and not known
-    if not (apply or args.show_Vth) and (known or args.evaluate):
+    if not (apply or args.show_Vth):
         return
-    n = IMAGES if apply or args.show_Vth else LOOK
-    batches = some_batches(data, n, args.train_batch // distributed.world_size(), args.manualSeed, device)
+    batches = some_batches(
+        data, IMAGES, args.train_batch // distributed.world_size(), args.manualSeed, device
+    )
     fits = fit_thresholds(model, batches, apply=apply)
     fits = {published_name(layer): fit for layer, fit in fits.items()}
     if apply:
