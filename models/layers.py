@@ -78,7 +78,10 @@ class SpikingNetwork(nn.Module):
         """-> (the engine that computes this network on the device, why it is not the event engine)."""
         if self._compiled is not None:
             return self._compiled, "compiled loops are dense"
-        return choose_engine(self.engine, device.type, torch.is_autocast_enabled(device.type))
+        dtype = self.last_neuron.Vth.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return choose_engine(self.engine, device.type, dtype)
 
     def encode(self, x):
         """Static images repeat T times; event frames give one frame a step. -> train of (T*B, ...)."""

@@ -37,12 +37,11 @@ def inspect(content):
             inspect(value)
 
 
-def is_plain(value):
-    """Whether a command line can give it, and a line can show it; or it is thresholds by layer."""
-    if isinstance(value, dict):
-        return all(isinstance(Vth, float) and 0 < Vth < math.inf for Vth in value.values())
-    text = isinstance(value, str) and value.isprintable()
-    return value is None or text or isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
+def is_plain(x):
+    """Whether a command line can give it, and a line can show it; or it is a table of such (thresholds)."""
+    text = isinstance(x, str) and x.isprintable()
+    table = isinstance(x, dict) and all(map(is_plain, x.values()))
+    return x is None or text or table or isinstance(x, float) or isinstance(x, int) and abs(x) < 2**63
 
 
 def load(path):
@@ -63,8 +62,7 @@ def load_run(path, accuracy):
         content["epoch"], content["iteration"] = int(content["epoch"]), int(content.get("iteration", 0))
         if not all(0 <= content[key] < 2**31 for key in ("epoch", "iteration")):
             raise ValueError
-    if not isinstance(content.get("args"), dict):  # an official one holds no arguments
-        content["args"] = {}
+    content["args"] = args if isinstance(args := content.get("args"), dict) else {}  # official ones have none
     with explained(lambda _: f"{path} has arguments or a log that no run writes; give another file"):
         seed, values = content["args"].get("manualSeed", 0), [content.get("arch"), *content["args"].values()]
         if not (all(map(is_plain, values)) and isinstance(seed, int) and seed >= 0):

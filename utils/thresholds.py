@@ -1,4 +1,4 @@
-"""The thresholds that a run starts with: fitted to its data, or looked at; the table and the warnings."""
+"""The thresholds that a run starts with, fitted to its data; the table of them and the warnings."""
 
 import torch
 

@@ -2,6 +2,8 @@
 
 import functools
 
+import torch
+
 from models.engines.dense import DenseEngine
 
 ENGINES = ("auto", "dense", "events")
@@ -10,8 +12,9 @@ DENSE_FROM = 0.25
 
 
 @functools.cache
-def choose_engine(name, device, autocast=False):
-    """-> (engine, why it is not the event engine, or None). device: "cpu", "cuda", ...
+def choose_engine(name, device, dtype=torch.float32):
+    """-> (engine, why it is not the event engine, or None). device: "cpu", "cuda", ...; dtype: of
+    the spikes' convolutions.
 
     "auto" takes events where they work: on a CPU, in float32 and float64, where the kernels can be built.
     "events" takes them for every train, however dense, and raises RuntimeError where there are none.
@@ -23,8 +26,8 @@ def choose_engine(name, device, autocast=False):
         reason = "dense was chosen"
     elif device != "cpu":
         reason = f"it is for CPUs, not for {device}"
-    elif autocast:
-        reason = "it does not compute in half precision"
+    elif dtype not in (torch.float32, torch.float64):
+        reason = f"it computes in float32 and float64, not in {str(dtype).removeprefix('torch.')}"
     else:
         from models.engines.build import find_kernels  # here, as it takes a second to import
 

@@ -16,6 +16,7 @@ from models import functional
 from models.engines import dense
 from models.engines.interface import Observation
 from models.engines.kernels import (
+    CELLS,
     TILE_A,
     TILE_B,
     TILE_SPLIT,
@@ -24,6 +25,7 @@ from models.engines.kernels import (
     KernelLayer,
     Kernels,
     Spikes,
+    cells,
     channels_last,
     filled_up,
     geometry,
@@ -65,7 +67,9 @@ class EventEngine(dense.DenseEngine):
         if neuron.dynamics is not functional.membrane:
             return dense.Currents(self, branches, neuron, dtype)
         if all(self.takes(branch) for branch in branches):
-            return Currents(self, branches, neuron)
+            currents = Currents(self, branches, neuron)
+            if currents.layer.fits():
+                return currents
         return StoredCurrents(self, branches, neuron, dtype)
 
     def takes(self, branch):
@@ -80,11 +84,7 @@ class EventEngine(dense.DenseEngine):
     def weight_gradient(self, linear, x, grad, scaled_Qs):
         """By events too, as most neurons never fire: pass A of a layer whose currents are `grad`."""
         weight = linear.weight
-        forms = {Q.blocks.shape if isinstance(Q, PackedQ) else None for _, Q in scaled_Qs}
-        packed = len(forms) < 2 and None not in forms
-        if not (
-            packed and isinstance(linear, nn.Conv2d) and len(weight) >= FEW and is_plain(linear, x.shape[-1])
-        ):
+        if not self.suits(linear, x, grad, scaled_Qs):
             scaled_Qs = [(c, self.unpacked(Q, weight.shape)) for c, Q in scaled_Qs]
             return super().weight_gradient(linear, x, grad, scaled_Qs)
         inputs, outputs = whole_words(x), whole_words(grad)
@@ -97,6 +97,14 @@ class EventEngine(dense.DenseEngine):
         layer.tile(TILE_GRADIENT, 1)
         layer.sums()
         return PackedQ(Q).unpacked(weight.shape)
+
+    def suits(self, linear, x, grad, scaled_Qs):
+        """Whether the kernels take, and are worth, a weight's gradient: all Q must have come in one form."""
+        if not isinstance(linear, nn.Conv2d) or len(linear.weight) < FEW:
+            return False
+        forms = {Q.blocks.shape if isinstance(Q, PackedQ) else None for _, Q in scaled_Qs}
+        fits = cells(*grad.shape[2:]) <= CELLS
+        return fits and len(forms) < 2 and None not in forms and is_plain(linear, x.shape[-1])
 
     def sum_of(self, scaled_Qs, layer):
         """sum c*Q in the form in which a weight's gradient is added to it, or None."""
@@ -127,7 +135,7 @@ class Clamped:
         self.arguments = ctypes.byref(arguments)
 
     def of_channels(self, v):
-        return v if len(v) == self.channels else v.expand(self.channels).contiguous()
+        return v.expand(self.channels).to(self.g.dtype).contiguous()
 
     def sums(self, y_mean, mu):
         sums = torch.zeros(torch.get_num_threads(), 3, self.channels, dtype=torch.float64)
@@ -198,9 +206,9 @@ class Currents:
         if (channels, inputs) != (outputs, features):
             fill = 0, 0, 0, 0, 0, inputs - features, 0, channels - outputs
             weight = F.pad(weight.view(outputs, features, k, k), fill)
-        packed = weight.new_zeros(channels // block, k * k * inputs + 1, block)
+        packed = self.layer.like.new_zeros(channels // block, k * k * inputs + 1, block)
         rows = packed[:, :-1].view(-1, k, k, inputs, block).permute(0, 4, 3, 1, 2)
-        torch.mul(weight.detach().view(-1, block, inputs, k, k), amplitude, out=rows)
+        rows.copy_(weight.detach().view(-1, block, inputs, k, k)).mul_(amplitude)
         return packed
 
     def observe(self, wanted):

@@ -14,38 +14,53 @@ WORD = 16  # channels in a word of bits
 BLOCK_BYTES = 300 * 2**10  # of the weights of a block of output channels, which a cache may hold
 SPLIT_BYTES = 2**20  # of a layer's weights, from which on threads share its output channels, not its images
 SCATTER_BYTES = 2**18  # of a tile of pass B, where currents are computed by channel
+CELLS = 2**16  # of a tile at most: 16 bits name one
 TILE_A, TILE_B, TILE_SPLIT = 256, 640, 1280  # outputs of a tile of pass A and of pass B; of both, if split
 
 
-def structure(name, **types):
-    """A structure of the kernels': type -> names, in the order of events.cpp."""
-    fields = [(field, kind) for kind, names in types.values() for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+POINTER, DOUBLE, INT, LONG = ctypes.c_void_p, ctypes.c_double, ctypes.c_int, ctypes.c_int64
 
 
-POINTERS, DOUBLES, INTS, LONGS = ctypes.c_void_p, ctypes.c_double, ctypes.c_int, ctypes.c_int64
-BranchArguments = structure(
-    "BranchArguments",
-    a=(POINTERS, "bits active base ptr weights values Q"),
-    b=(DOUBLES, "scale"),
-    c=(INTS, "H W C k s p still"),
-)
-LayerArguments = structure(
-    "LayerArguments",
-    a=(POINTERS, "branches bias"),
-    b=(INTS, "n_branches T B H W O OB scatter split frames images rows"),
-)
-FiringArguments = structure(
-    "FiringArguments",
-    a=(DOUBLES, "lam point Vth of_y of_mean of_repr"),
-    b=(POINTERS, "scale shift w y_mean y_repr mean repr bits"),
-)
-ClampArguments = structure(
-    "ClampArguments",
-    a=(POINTERS, "g y_repr scale shift"),
-    b=(DOUBLES, "low high ceiling gain"),
-    c=(LONGS, "M C"),
-)
+class BranchArguments(ctypes.Structure):
+    """`Branch` of events.cpp; so are the next three its `Layer`, `Firing` and `Clamp`."""
+
+    _fields_ = [(name, POINTER) for name in ["bits", "active", "base", "ptr", "weights", "values", "Q"]]
+    _fields_ += [("scale", DOUBLE)]
+    _fields_ += [(name, INT) for name in ["H", "W", "C", "k", "s", "p", "still"]]
+
+
+class LayerArguments(ctypes.Structure):
+    _fields_ = [("branches", POINTER), ("bias", POINTER)]
+    _fields_ += [
+        (name, INT)
+        for name in [
+            "n_branches",
+            "T",
+            "B",
+            "H",
+            "W",
+            "O",
+            "OB",
+            "scatter",
+            "split",
+            "frames",
+            "images",
+            "rows",
+        ]
+    ]
+
+
+class FiringArguments(ctypes.Structure):
+    _fields_ = [(name, DOUBLE) for name in ["lam", "point", "Vth", "of_y", "of_mean", "of_repr"]]
+    _fields_ += [
+        (name, POINTER) for name in ["scale", "shift", "w", "y_mean", "y_repr", "mean", "repr", "bits"]
+    ]
+
+
+class ClampArguments(ctypes.Structure):
+    _fields_ = [(name, POINTER) for name in ["g", "y_repr", "scale", "shift"]]
+    _fields_ += [(name, DOUBLE) for name in ["low", "high", "ceiling", "gain"]]
+    _fields_ += [("M", LONG), ("C", LONG)]
 
 
 class Kernels:
@@ -59,7 +74,7 @@ class Kernels:
         if like is not None:
             name += "_f64" if like.dtype == torch.float64 else "_f32"
         function = getattr(self.library, name)
-        function(*[POINTERS(x.data_ptr()) if torch.is_tensor(x) else x for x in arguments])
+        function(*[POINTER(x.data_ptr()) if torch.is_tensor(x) else x for x in arguments])
 
 
 class Spikes:
@@ -69,7 +84,7 @@ class Spikes:
         self.kernels, self.bits, self.shape, self.dtype = kernels, bits, torch.Size(shape), dtype
         self.images, self.channels, self.height, self.width = (*shape, 1, 1)[:4]
         self.base = torch.empty(self.images + 1, dtype=torch.int64)
-        size = LONGS(self.images), LONGS(bits.numel() // max(1, self.images))
+        size = LONG(self.images), LONG(bits.numel() // max(1, self.images))
         kernels("count_spikes", None, bits, self.base, *size)
 
     @property
@@ -84,7 +99,7 @@ class Spikes:
     @cached_property
     def lists(self):
         """(active, ptr), see events.cpp; with room for what vectors read and write beyond the end."""
-        size = [LONGS(n) for n in (self.images, self.height, self.width, self.bits.shape[1])]
+        size = [LONG(n) for n in (self.images, self.height, self.width, self.bits.shape[1])]
         ptr = torch.empty(self.images * (self.height * self.width + 1), dtype=torch.int32)
         active = torch.empty(self.base[-1].item() + 4 * self.images + 64, dtype=torch.int16)
         self.kernels("list_spikes", None, self.bits, self.base, ptr, active, *size)
@@ -143,13 +158,20 @@ class KernelLayer:
     def tile(self, of_a, of_b):
         """Choose the tiles of the passes: so many outputs."""
         pixels, batch = self.height * self.width, self.images // self.timesteps
-        share = 1 if self.split else self.threads
-        self.frames = max(1, min(of_a // pixels, -(-self.images // share)))
+        share, T = 1 if self.split else self.threads, self.timesteps
+        self.frames = max(
+            1, min(of_a // pixels, -(-self.images // share), CELLS // cells(self.height, self.width))
+        )
         if self.scatter:
             of_b = SCATTER_BYTES // (WORD * self.like.element_size())
-        rows = min(self.height, max(1, of_b // (self.timesteps * self.width)))
+        rows = min(self.height, max(1, of_b // (T * self.width)))
         self.rows = -(-self.height // -(-self.height // rows))  # strips of about the same height
-        self.batch_of_tile = max(1, min(of_b // (self.timesteps * pixels), -(-batch // share)))
+        most = CELLS // (T * cells(self.rows, self.width))
+        self.batch_of_tile = max(1, min(of_b // (T * pixels), -(-batch // share), most))
+
+    def fits(self):
+        """Whether 16 bits name each cell of the smallest tiles, one image in pass A, T in pass B."""
+        return max(cells(self.height, self.width), self.timesteps * cells(self.rows, self.width)) <= CELLS
 
     def arguments(self):
         self.array = (BranchArguments * len(self.branches))(*self.branches)
@@ -173,7 +195,7 @@ class KernelLayer:
         weights = neuron.weights or [1 / T] * T
 
         def of_channels(v):
-            return filled_up((kappa * v).expand(channels), self.channels).contiguous()
+            return filled_up((kappa * v).expand(channels), self.channels).to(like.dtype).contiguous()
 
         scale, shift, w = of_channels(scale), of_channels(shift), like.new_tensor(weights)
         one_step = (shape[0] // T, *shape[2:], self.channels)
@@ -186,6 +208,11 @@ class KernelLayer:
         y_mean, y_repr, mean, representation = [x[..., :channels].movedim(-1, 1) for x in moments]
         spikes = Spikes(self.kernels, bits, shape, like.dtype)
         return spikes, Moments(y_mean, y_repr, mean, representation) if needed else None
+
+
+def cells(rows, width):
+    """Of a tile of one frame, with as wide a border as there can be."""
+    return (rows + 4) * (width + 4)
 
 
 def channels_last(x):
@@ -212,12 +239,11 @@ def geometry(linear):
 
 
 def is_plain(linear, width):
-    """Whether the kernels take the map: square, three outputs a row for a spike, places of 16 bits."""
+    """Whether the kernels take the map: square, three outputs a row for a spike, rows of 16 bits."""
     if isinstance(linear, nn.Conv2d) and (linear.groups != 1 or linear.dilation != (1, 1)):
         return False
     kernel, stride, padding = geometry(linear)
     if any(a != b for a, b in (kernel, stride, padding)):
         return False
     channels = -(-linear.weight.shape[1] // WORD) * WORD
-    fits = math.prod(kernel) * channels < 2**16 and width * channels <= 2**16 and (width + 4) ** 2 < 2**16
-    return fits and kernel[0] <= 3 * stride[0]
+    return math.prod(kernel) * channels < 2**16 and width * channels <= 2**16 and kernel[0] <= 3 * stride[0]

@@ -263,6 +263,20 @@ def test_calibration_reads_a_fixed_choice_of_training_images(program):
     assert len({thresholds["storein1"].item() for thresholds in files[1:]}) == 3
 
 
+def test_calibration_by_the_least_error_fits_the_time_steps(program):
+    """Thresholds for few steps differ from those for many, and a network starts from them."""
+    folder = program(f"-a {ANN} --name ann")
+    base = "-a preresnet_cal_Vth.resnet18 --pre_train ann.pth --calibrate_by error --calibrate_batches 2"
+    program(f"{base} --calculate_Vth a --timesteps 2")
+    program(f"{base} --calculate_Vth b --timesteps 16")
+    program(f"{base} --calculate_Vth c --timesteps 16 --calibrate_neuron lif")
+    few, many, lif = (load(folder / f"{name}.dict") for name in "abc")
+    assert few.keys() == many.keys() == lif.keys() and len(few) == 12
+    assert all(value > 0 for file in (few, many, lif) for value in file.values())
+    assert few["storein2"] != many["storein2"]
+    program("-e --pre_train ann.pth --load_Vth b.dict --timesteps 16")
+
+
 def test_learning_rate_of_the_second_epoch_is_not_warmed_up(program):
     """0.5*lr*(1+cos(pi*1/2)) in the second of two epochs, though but 5 of 5000 warm-up steps are done."""
     folder = program("--epochs 2 --save_every 2 --lr 0.01")

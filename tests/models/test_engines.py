@@ -133,6 +133,13 @@ def test_what_the_kernels_do_not_take_goes_the_dense_way(float64):
         assert_engines_agree(layer, lambda engine, k: spike_train(4, 2, (8, 9, 9), 0.2, engine))
 
 
+@pytest.mark.parametrize(("T", "shape"), [(600, (16, 6, 20)), (1, (16, 3, 2100)), (2, (16, 300, 300))])
+def test_tiles_beyond_what_16_bits_name(T, shape, float64):
+    """Many steps of wide images, and images of many pixels: more cells in a tile than 16 bits tell apart."""
+    layer = [nn.Conv2d(16, 64, 3, padding=1)], nn.BatchNorm2d(64), NEURONS["lif"](T)
+    assert_engines_agree(layer, lambda engine, k: spike_train(T, 2, shape, 0.02, engine))
+
+
 def test_a_train_denser_than_the_limit_goes_the_dense_way(float64):
     engine = choose_engine("auto", "cpu")[0]
     trains = [spike_train(3, 2, (16, 5, 5), density, engine) for density in (0.5, 0.05)]
@@ -183,6 +190,13 @@ def test_two_processes_build_once_and_without_a_compiler_the_dense_engine_runs(t
     assert len({out for out, _ in outputs}) == 1 and ".so" in outputs[0][0]
     assert sum("building the event engine, once" in err for _, err in outputs) == 1
     assert [path.name for path in tmp_path.rglob("*.so")] == ["dsr_events.so"]
+
+
+def test_types_that_the_kernels_do_not_know():
+    model = create_model("preresnet.resnet20_if", timesteps=2).bfloat16()
+    engine, reason = model.engine_in_use(torch.device("cpu"))
+    assert engine.name == "dense" and "bfloat16" in reason
+    assert model.float().engine_in_use(torch.device("cpu"))[0].name == "events"
 
 
 def test_unknown_engines_are_refused():

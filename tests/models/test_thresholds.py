@@ -173,8 +173,8 @@ def test_no_layer_of_a_network_starts_silent(kind, T):
     given = fit_thresholds(model, [images], apply=False, samples=2000)
     fits = fit_thresholds(model, [images], samples=2000)
     assert list(fits)[0] == "layer1.0.relu1" and list(fits)[-3:] == ["relu1", "relu2", "relu3"]
-    assert all(fit.alive and fit.fitted.rate > 0.01 for fit in fits.values())
-    assert fits["relu2"].fitted.correlation > given["relu2"].given.correlation
+    assert all(fit.alive and fit.fitted.rate > 0.02 for fit in fits.values())
+    assert fits["relu2"].fitted.correlation > max(0.3, given["relu2"].given.correlation)
     nn.functional.cross_entropy(model(images), torch.arange(16) % 10).backward()
     assert model.conv1.weight.grad.any()
 
