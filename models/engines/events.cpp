@@ -429,7 +429,7 @@ template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
 template <class F> struct Firing {
   double lam, point, Vth, of_y, of_mean, of_repr;  // the last three: factors of the sums of y, s and w*s
   const F *scale, *shift, *w;                      // (O), (O), (T)
-  F *y_mean, *y_repr, *mean, *repr;                // (B, pixel, O)
+  F *y_mean, *y_repr, *mean, *repr;                // (B, pixel, O); of IF neurons, means are representations
   uint16_t* bits;
 };
 // G pixels in a row, 16 channels from c on, through all time steps. Their currents are at y + t*y_step + g*OB, their
@@ -457,8 +457,8 @@ inline void fire(const Firing<F>& f, int T, const F* y, int64_t y_step, int64_t 
   }
   UNROLL for (int i = 0; i < N; i++) {
     const int64_t at = (word + i / PER * words) * WORD + i % PER * L;
-    store(f.y_mean + at, ys[i] * F(f.of_y)), store(f.y_repr + at, yw[i]);
-    store(f.mean + at, s[i] * F(f.of_mean)), store(f.repr + at, sw[i] * F(f.of_repr));
+    store(f.y_repr + at, yw[i]), store(f.y_mean + at, ys[i] * F(f.of_y));
+    store(f.repr + at, sw[i] * F(f.of_repr)), store(f.mean + at, s[i] * F(f.of_mean));
   }
 }
 template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {

@@ -199,7 +199,11 @@ class KernelLayer:
 
         scale, shift, w = of_channels(scale), of_channels(shift), like.new_tensor(weights)
         one_step = (shape[0] // T, *shape[2:], self.channels)
-        moments = [like.new_empty(one_step) for _ in range(4)]
+        y_mean, mean = like.new_empty(one_step), like.new_empty(one_step)
+        y_repr, representation = y_mean, mean  # of neurons whose representation is the mean
+        if neuron.weights is not None:
+            y_repr, representation = torch.empty_like(y_mean), torch.empty_like(mean)
+        moments = y_mean, y_repr, mean, representation
         bits = torch.empty(self.images * self.height * self.width, self.channels // WORD, dtype=torch.int16)
         amplitude, Vth = neuron.amplitude.item(), neuron.Vth.item()
         numbers = lam, neuron.alpha * Vth, Vth, 1 / T, amplitude / T, amplitude
