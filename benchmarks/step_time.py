@@ -8,8 +8,9 @@
 Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`; by the engines `events`
 and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rate-` of these; `ann` (ReLUs,
 one time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). They
-take turns, step by step; a figure is the median. Peak memory is that of a process of its own: VmHWM, or
-max_memory_allocated on a GPU. Time follows the firing rates: those of the first step are printed as well.
+take turns, step by step; a figure is the median. In inference batch norm has the statistics of the images.
+Peak memory is that of a process of its own: VmHWM, or max_memory_allocated on a GPU. Time follows the firing
+rates: those of the first step are printed as well.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def step(variant, args, timesteps, model=None):
     model = build(variant, args, timesteps) if model is None else model
     autocast = partial(torch.autocast, args.device, torch.bfloat16) if "bf16" in variant else nullcontext
     if args.inference:
-        model.eval()
+        settle(model, x)
 
         def run():
             with torch.no_grad(), autocast():
@@ -125,6 +126,16 @@ def step(variant, args, timesteps, model=None):
     return run
 
 
+@torch.no_grad()
+def settle(model, x):
+    """To eval mode, with batch norm's running statistics those of `x`, as after training."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    model.train()(x)
+    model.eval()
+
+
 def pictures(folder, count, size):
     """Some images of a folder of classes, drawn by a fixed seed, normalised as CIFAR-10."""
     to_tensor = [transforms.Resize((size, size)), transforms.ToTensor()]
@@ -137,10 +148,11 @@ def pictures(folder, count, size):
 def print_firing_rates(args, timesteps):
     """Of each layer in the first forward pass, in percent."""
     model, rates = build("dense", args, timesteps), []
+    run = step("dense", args, timesteps, model)
     for module in model.modules():
         if hasattr(module, "register_spike_hook"):
             module.register_spike_hook(lambda s: rates.append(100 * s.count().item() / s.shape.numel()))
-    step("dense", args, timesteps, model)()
+    run()
     print("firing rates of the layers (%): " + ", ".join(f"{rate:.1f}" for rate in rates))
 
 

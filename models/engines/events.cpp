@@ -41,6 +41,7 @@ constexpr int BYTES = 32;
 constexpr int BYTES = 16;
 #endif
 constexpr int WORD = 16;                   // channels in a word of bits
+constexpr int LINE = 64;                   // bytes of a cache line
 constexpr int WIDE = BYTES == 32 ? 1 : 2;  // vectors of which nine fit into the registers, and more
 template <class F> struct OfWidth { typedef F type __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias)); };
 template <class F> using Vector = typename OfWidth<F>::type;
@@ -300,7 +301,8 @@ template <class F, int OB, Mode MODE> void for_patches(const Branch<F>& b, const
 
 // ---- the currents of a tile ------------------------------------------------------------------------------------------
 template <class F> struct Scratch {
-  std::vector<F> y;
+  std::vector<F> room;
+  F* y;  // in it, where vectors do not straddle cache lines
   std::vector<Gathered> gathered;
   std::vector<Channels<F>> channels;
   int frames = 0;  // of the tile whose border is clear
@@ -309,7 +311,9 @@ template <class F> struct Scratch {
     if (int(gathered.size()) < L.n_branches) gathered.resize(L.n_branches), channels.resize(L.n_branches);
   }
   void find_spikes(const Layer<F>& L, const Tile& t, bool for_Q) {
-    y.resize(max(y.size(), size_t(t.frames) * t.height() * t.PW * L.OB));
+    const size_t size = size_t(t.frames) * t.height() * t.PW * L.OB + LINE / sizeof(F);
+    room.resize(max(room.size(), size));
+    y = reinterpret_cast<F*>((reinterpret_cast<uintptr_t>(room.data()) + LINE - 1) / LINE * LINE);
     for (int k = 0; k < L.n_branches; k++) {
       const Branch<F>& b = L.branches[k];
       if (b.k && !b.values && !L.scatter) gather(L, b, t, gathered[k]);
@@ -351,7 +355,7 @@ template <class F, int OB> void start_currents(const Layer<F>& L, const Tile& t,
   if (!started) add(images, false, [](int64_t, int) { return Vector<F>{}; });
 }
 template <class F, int OB> void currents(const Layer<F>& L, const Tile& t, int block, Scratch<F>& scratch) {
-  F* const y = scratch.y.data();
+  F* const y = scratch.y;
   start_currents<F, OB>(L, t, block, y);
   for (int k = 0; k < L.n_branches; k++) {
     const Branch<F>& b = L.branches[k];
@@ -408,7 +412,7 @@ template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
       const Tile t = with_border(L, {first, L.B, n, n, 0, L.H, 0, 0, 0});
       scratch.find_spikes(L, t, true);
       for (int block = own.from; block < own.to; block++) {
-        F* y = scratch.y.data();
+        F* y = scratch.y;
         currents<F, OB>(L, t, block, scratch);
         add_sums<F, OB>(L, t, y, sums + id * 2 * L.O + block * OB);
         if (L.scatter || n != scratch.frames) clear_border(L, t, y);
@@ -479,7 +483,7 @@ template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {
         for (int f_ = 0; f_ < n; f_++)
           for (int row = y0; row < y1; row++)
             for (int c = 0; c < OB; c += WORD) {
-              const F* y = scratch.y.data() + int64_t(t.cell(f_, row)) * OB + c;
+              const F* y = scratch.y + int64_t(t.cell(f_, row)) * OB + c;
               const int64_t word = ((first + f_) * L.H + row) * L.W * words + (block * OB + c) / WORD;
               int x = 0;
               for (; x + G <= L.W; x += G)
@@ -551,29 +555,33 @@ void count(const uint16_t* bits, int64_t* base, int64_t N, int64_t words) {  // 
   base[0] = 0;
   for (int64_t n = 0; n < N; n++) base[n + 1] += base[n];
 }
+// first + the numbers of the bits that are set; -> behind the last. Up to `end`, and four more, there is room.
+inline uint16_t* list_word(uint32_t word, uint16_t first, uint16_t* out, const uint16_t* end) {
+  uint16_t* const next = out + __builtin_popcount(word);
+#ifdef __AVX512VBMI2__
+  const Shorts lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m256i names = _mm256_maskz_compress_epi16(word, (__m256i)(lanes + first));
+  if (out + WORD <= end) _mm256_storeu_si256((__m256i*)out, names);
+  else _mm256_mask_storeu_epi16(out, (1 << (next - out)) - 1, names);  // which is slow
+#else
+  for (; word; out += 4)  // four at a time, some in vain
+    UNROLL for (int j = 0; j < 4; j++, word &= word - 1) out[j] = first + __builtin_ctz(word | 1u << 31);
+#endif
+  return next;
+}
 void list(const uint16_t* bits, const int64_t* base, uint32_t* ptr_, uint16_t* active, int64_t N, int64_t H, int64_t W,
           int64_t words) {  // of a pixel
   on_threads(N, [&](int64_t, Share mine) {
     for (int64_t n = mine.from; n < mine.to; n++) {
       const uint16_t* word = bits + n * H * W * words;
-      uint32_t *ptr = ptr_ + n * (H * W + 1), spikes = 0;
-      for (int64_t p = 0; p < H * W; p++) {
-        *ptr++ = spikes;
-        for (int64_t i = 0; i < words; i++) spikes += __builtin_popcount(word[p * words + i]);
-      }
-      *ptr = spikes;
-      uint16_t* out = active + base[n] + 4 * n;
-      for (int64_t y = 0; y < H; y++, word += W * words)
-        for (int64_t i = 0; i < W * words; i += 4) {  // a row is a string of W*C bits
-          uint64_t left = 0;
-          memcpy(&left, word + i, 2 * min<int64_t>(4, W * words - i));
-          uint16_t* next = out + __builtin_popcountll(left);
-          do {  // four at a time, some in vain: there is room for them
-            UNROLL for (int j = 0; j < 4; j++, left &= left - 1) out[j] = i * WORD + __builtin_ctzll(left | 1ull << 63);
-            out += 4;
-          } while (left);
-          out = next;
+      uint32_t* ptr = ptr_ + n * (H * W + 1);
+      uint16_t *const begin = active + base[n] + 4 * n, *const end = active + base[n + 1] + 4 * n, *out = begin;
+      for (int64_t y = 0; y < H; y++)
+        for (int64_t x = 0; x < W; x++) {
+          *ptr++ = out - begin;
+          for (int64_t i = 0; i < words; i++) out = list_word(*word++, (x * words + i) * WORD, out, end);
         }
+      *ptr = out - begin;
     }
   });
 }

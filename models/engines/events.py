@@ -180,9 +180,9 @@ class Currents:
             size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
         self.shape = (train.images, channels, *(size if len(train.shape) == 4 else ()))
         whole = -(-channels // WORD) * WORD
-        self.layer = KernelLayer(
-            engine.kernels, (train.images, *size, whole), neuron.timesteps, weights, like
-        )
+        density = max((b.train.spikes.density for b in branches if b.weight is not None), default=0.0)
+        shape = train.images, *size, whole
+        self.layer = KernelLayer(engine.kernels, shape, neuron.timesteps, weights, like, density)
         for branch in branches:
             self.add(branch)
         self.layer.tile(*(TILE_SPLIT, TILE_SPLIT) if self.layer.split else (TILE_A, TILE_B))

@@ -13,7 +13,8 @@ from models.engines.interface import Moments
 WORD = 16  # channels in a word of bits
 BLOCK_BYTES = 300 * 2**10  # of the weights of a block of output channels, which a cache may hold
 SPLIT_BYTES = 2**20  # of a layer's weights, from which on threads share its output channels, not its images
-SCATTER_BYTES = 2**18  # of a tile of pass B, where currents are computed by channel
+SCATTER_BYTES = 2**18  # of a tile of pass B, where currents are computed by channel: that is
+SCATTER_TO = 0.13  # faster for layers of one word, as long as fewer neurons of the inputs fire
 CELLS = 2**16  # of a tile at most: 16 bits name one
 TILE_A, TILE_B, TILE_SPLIT = 256, 640, 1280  # outputs of a tile of pass A and of pass B; of both, if split
 
@@ -127,7 +128,7 @@ class Spikes:
 class KernelLayer:
     """A layer as the kernels see it: its branches, its blocks of channels, its tiles."""
 
-    def __init__(self, kernels, shape, timesteps, weights, like):
+    def __init__(self, kernels, shape, timesteps, weights, like, density=1.0):
         """shape: (T*B, H, W, O), O whole words. `like`: a tensor of the type to compute in."""
         self.kernels, self.like, self.timesteps = kernels, like, timesteps
         self.images, self.height, self.width, self.channels = shape
@@ -135,7 +136,7 @@ class KernelLayer:
         size = sum(weight.numel() for weight in weights) * like.element_size()
         self.block = 32 if self.channels % 32 == 0 and size / self.channels * 32 <= BLOCK_BYTES else WORD
         self.split = size > SPLIT_BYTES and self.channels // self.block >= self.threads
-        self.scatter = bool(weights) and self.channels == WORD
+        self.scatter = bool(weights) and self.channels == WORD and density < SCATTER_TO
         self.branches, self.kept, self.bias = [], [], like.new_zeros(self.channels)
 
     def add(self, shape, linear=None, scale=1.0, still=False, **tensors):

@@ -76,7 +76,7 @@ def assert_engines_agree(layer, train_of):
     )
     assert torch.equal(got[0], expected[0])  # the same spikes
     for a, b in zip(got[1:], expected[1:]):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
