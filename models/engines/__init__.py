@@ -8,7 +8,7 @@ from models.engines.dense import DenseEngine
 
 ENGINES = ("auto", "dense", "events")
 # Under "auto" denser spike trains go the dense way, which then is about as fast (benchmarks/RESULTS.md).
-DENSE_FROM = 0.25
+DENSE_FROM = 0.4
 
 
 @functools.cache
