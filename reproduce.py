@@ -3,11 +3,14 @@
     python reproduce.py list
     python reproduce.py run latency-lif-t5 --seeds 3 --path ./data
     python reproduce.py table
-    python reproduce.py report CHECKPOINT --timesteps 5 10 20
+    python reproduce.py curves
+    python reproduce.py report CHECKPOINT --timesteps 5 10 20 --bits 8 4
+    python reproduce.py publish CHECKPOINT NAME --trained_on "a JPEG copy of CIFAR-10"
 
 `run` takes all flags of the row's program. It starts that program once for each seed, goes on where it was
 stopped and skips what is finished. With flags that change the row (fewer epochs, another copy of the data)
 the run gets a name of its own, and `list` and `table` keep it apart from the runs of the row itself.
+`publish` puts a finished run's last weights among the networks that come trained (checkpoint/README.md).
 """
 
 import argparse
@@ -21,17 +24,21 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Subset
 
 from cifar import program as cifar
+from cifar.predict import load_network
 from imagenet import main as imagenet
 from models import create_model, list_models
-from utils import checkpoint, foreign, report, results
+from utils import checkpoint, curves, foreign, pretrained, report, results
 from utils.calibration import load_thresholds
-from utils.cli import Parser, choose_device, explained, require, run_program
+from utils.cli import Parser, choose_device, explained, number, refuse, require, run_program
+from utils.data import load_data
 from utils.program import build_model, count, load
+from utils.quantized import round_weights
 
 PROGRAMS = dict.fromkeys(cifar.ROWS, cifar) | dict.fromkeys(imagenet.ROWS, imagenet)
 ROWS = cifar.ROWS | imagenet.ROWS
 # A row may stand in several tables, as T=20 does: what has the same flags is run once, by its first name.
 FIRST = {row: next(r for r in ROWS if ROWS[r].flags == preset.flags) for row, preset in ROWS.items()}
+CURVES = "docs/curves.png"  # beside RESULTS.md
 # 1.64 s for 8 images at T=20 through a ResNet-18 of 0.48 GMAC (read-me): days for 10^15 of them on 2 cores.
 DAYS = 1.64 / (8 * 20 * 0.48e9) * 1e15 / 86400
 
@@ -43,6 +50,8 @@ def departures(row, args):
     if args.get("dataset", "imagenet") in ("imagefolder", "imagenet"):  # which nothing checks
         names = sorted([*names, "path"])
     names = [name for name in names if args.get(name, expected[name]) != expected[name]]
+    if "neurons" in args:  # of another library: benchmarks/peer_run.py
+        names, expected["neurons"] = [*names, "neurons"], "ours"
     values = {name: Path(args[name]).name if name == "path" else args[name] for name in names}
     text = "; ".join(f"{name} {value} instead of {expected[name]}" for name, value in values.items())
     stem = "".join(f"_{name}-{Path(str(value)).name}" for name, value in values.items())
@@ -93,7 +102,7 @@ def run(row, seeds, flags, command):
 
 
 def find_runs(folder):
-    """(row, departures) -> the Outcomes of the runs below `folder`, one a seed, in the order of the rows."""
+    """(row, departures) -> the Outcomes of the runs below `folder`, by seed, in the order of the rows."""
     found = {}
     for file in sorted(set(folder.glob("*/*.json")) - set(folder.glob("*/*.run.json"))):
         outcome = results.Outcome(file)
@@ -105,12 +114,12 @@ def find_runs(folder):
             text += "; " * bool(text) + f"stopped after {done} of {outcome.args['epochs']} epochs"
         found.setdefault((row, text), {})[outcome.args["manualSeed"]] = outcome
     ordered = sorted(found, key=lambda key: (list(ROWS).index(key[0]), key[1]))
-    return {key: list(found[key].values()) for key in ordered}
+    return {key: [outcome for _, outcome in sorted(found[key].items())] for key in ordered}
 
 
-def list_rows(folder):
+def list_rows(options):
     """Print the rows: the paper's figure, the estimated cost, what has been measured; and other presets."""
-    found = find_runs(folder)
+    found = find_runs(options.checkpoint)
     print(f"{'row':32}{'paper':14}{'PMAC':>9}{'days on 2 cores':>17}  measured so far (n seeds)")
     for row, preset in ROWS.items():
         measured = [
@@ -142,8 +151,8 @@ def report_checkpoint(options):
     require(options.ann or not options.thresholds, "--thresholds needs the weights of an ANN: --ann FILE")
     args.path, device = options.path or args.path, choose_device(options.device)
 
-    def of(T, model=args.model, source=file, thresholds=None):
-        """The Measurement of the network with the weights in `source` and T time steps."""
+    def of(T, model=args.model, source=file, thresholds=None, bits=None):
+        """The Measurement of the network with the weights in `source`, perhaps rounded, and T time steps."""
         setting = argparse.Namespace(**vars(args) | dict(model=model, timesteps=T))
         data = load(setting)
         n = min(options.limit or len(data.test), len(data.test))
@@ -153,37 +162,100 @@ def report_checkpoint(options):
         checkpoint.load_weights(snn, weights["state_dict"], source, ("Vth",) if thresholds else ())
         if thresholds:
             load_thresholds(snn, thresholds)
+        if bits:
+            round_weights(snn, bits)
         batches = DataLoader(chosen, options.batch, num_workers=options.workers)
         return report.Measurement(snn, ((x.to(device), y.to(device)) for x, y in batches))
 
     steps, chain = sorted({args.timesteps, *options.timesteps}), None
-    measured = [of(T) for T in steps]
+    measured, rounded = [of(T) for T in steps], {bits: of(args.timesteps, bits=bits) for bits in options.bits}
     if options.ann:
         source = checkpoint.find(options.ann, file.parent)
         thresholds = options.thresholds and checkpoint.find(options.thresholds, file.parent)
         converted = [of(T, source=source, thresholds=thresholds) for T in steps] if thresholds else []
         chain = of(1, ann, source).accuracy, converted
-    text = f"{file.name}: {args.model}, {content.get('epoch')} epochs on {args.dataset} from {args.path}. "
+    trained_on = getattr(args, "trained_on", f"{args.dataset} from {args.path}")
+    text = f"{file.name}: {args.model}, {content.get('epoch')} epochs on {trained_on}. "
     text += f"Measured on {measured[0].images} test images, {results.hardware(options.device)}."
     page = file.with_name(f"{file.stem}_report.md")
-    report.make_page(page, text, measured, args.timesteps, chain)
+    report.make_page(page, text, measured, args.timesteps, chain, rounded)
     print(f"report: {page}\npicture: {page.with_suffix('.png')}")
+
+
+def publish(options):
+    """Put the last weights of a finished run among the networks that come trained."""
+    file = checkpoint.find(options.checkpoint, ".")
+    content, sessions = foreign.load_run(file, "acc"), results.read_sessions(file.with_suffix(".run.json"))
+    args, done = content["args"], content["epoch"]
+    finished = sessions and "log" in content and not content["iteration"] and done == args.get("epochs")
+    require(finished, f"{file} is not the last checkpoint of a finished run of `reproduce.py run`; finish it")
+    files = f"{file} was trained on {args['dataset']}; only --dataset imagefolder has image files to ship"
+    require(args["dataset"] == "imagefolder", files)
+    test = load_data("imagefolder", options.path or args["path"]).test
+    count_correct = partial(pretrained.count_correct, load_network(content, file, len(test.classes)))
+    about = dict(trained_on=options.trained_on, test=test, count_correct=count_correct)
+    pretrained.publish(options.name, options.out, content, sessions, **about)
+    print(f"network: {options.out / options.name}.pth\nhow it was made: {options.out / options.name}.json")
+
+
+def draw_curves(options):
+    """Draw the accuracy of the chosen runs, or of all, against epochs and hours."""
+    outcomes = [outcome for group in find_runs(options.checkpoint).values() for outcome in group]
+    stems = {outcome.files.arguments.stem: outcome for outcome in outcomes}
+    unknown = [text for text in options.runs if not any(text in stem for stem in stems)]
+    refuse(f"no run below {options.checkpoint} has in its name", unknown)
+    wanted = options.runs or [""]
+    chosen = [outcome for stem, outcome in stems.items() if any(text in stem for text in wanted)]
+    require(chosen, f"no run below {options.checkpoint} has finished an epoch; start one by `run`")
+    checkpoint.save(chosen, options.out, write=curves.draw)
+    print(f"picture: {options.out}")
+
+
+def write_table(options):
+    """Write the page of results, with the picture of `curves` if there is one beside it."""
+    rows = {row: (preset.paper, FIRST[row]) for row, preset in ROWS.items()}
+    picture = CURVES if (options.out.parent / CURVES).exists() else ""
+    checkpoint.save_text(results.make_page(rows, find_runs(options.checkpoint), picture), options.out)
+    print(f"results: {options.out}")
 
 
 def get_parser():
     parser = Parser({}, description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, parser_class=partial(Parser, {}))
+
+    def add_task(name, do, **settings):
+        tasks.add_parser(name, **settings).set_defaults(do=do)
+        return tasks.choices[name].add_argument
+
     folder = dict(type=Path, default=Path("checkpoint"), help="the programs' folder of results")
-    tasks.add_parser("list").add_argument("-c", "--checkpoint", **folder)
-    task = tasks.add_parser("table")
-    task.add_argument("-c", "--checkpoint", **folder)
-    task.add_argument("--out", type=Path, default=results.ROOT / "RESULTS.md")
-    task = tasks.add_parser("run", description="All other flags go to the program of the row.")
-    task.add_argument("row", metavar="ROW", help="a name of `list`")
-    task.add_argument("--seeds", type=count, default=1, help="run with the seeds 1 to this")
-    add = tasks.add_parser("report").add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of a spiking network; the report is put beside it")
+    add_task("list", list_rows)("-c", "--checkpoint", **folder)
+    add = add_task("table", write_table)
+    add("-c", "--checkpoint", **folder)
+    add("--out", type=Path, default=results.ROOT / "RESULTS.md")
+    add = add_task("curves", draw_curves)
+    add("runs", nargs="*", metavar="RUN", help="a part of a run's file names; all runs if none")
+    add("-c", "--checkpoint", **folder)
+    add("--out", type=Path, default=results.ROOT / CURVES)
+    add = add_task("run", None, description="All other flags go to the program of the row.")
+    add("row", metavar="ROW", help="a name of `list`")
+    add("--seeds", type=count, default=1, help="run with the seeds 1 to this")
+    add = add_task("publish", publish)
+    add("checkpoint", metavar="CHECKPOINT", help="the last one of a finished run on CIFAR-10")
+    add("name", metavar="NAME", help="such as resnet20_lif_cifar10")
+    add("--trained_on", required=True, help='the data in words: "a JPEG copy of CIFAR-10"')
+    add("--path", help="folder of the data set, if not that of training")
+    add("--out", type=Path, default=checkpoint.PRETRAINED)
+    add_report(add_task("report", report_checkpoint))
+    return parser
+
+
+def add_report(add):
+    text = "a spiking network's, or the name of one that comes trained; the report is put beside it"
+    add("checkpoint", metavar="CHECKPOINT", help=text)
     add("--timesteps", type=count, nargs="+", default=[], help="also evaluate with these T")
+    add(
+        "--bits", type=number(int, 2, high=32), nargs="+", default=[], help="and with weights of so many bits"
+    )
     add("--limit", type=count, help="only so many test images, of all classes")
     add("--ann", help="weights of the ANN of the same shape, for its accuracy")
     add("--thresholds", help="with --ann: thresholds, for the SNN straight after conversion")
@@ -191,7 +263,6 @@ def get_parser():
     add("--batch", type=count, default=10)
     add("--workers", type=int, default=0)
     add("--device", default="auto")
-    return parser
 
 
 def main(argv=None):
@@ -202,13 +273,7 @@ def main(argv=None):
         command = ["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)]
         return run(options.row, options.seeds, flags, command)
     require(not flags, f"unrecognized arguments: {' '.join(flags)}; --help lists the flags")
-    if options.task == "list":
-        return list_rows(options.checkpoint)
-    if options.task == "table":
-        rows = {row: (preset.paper, FIRST[row]) for row, preset in ROWS.items()}
-        checkpoint.save_text(results.make_page(rows, find_runs(options.checkpoint)), options.out)
-        return print(f"results: {options.out}")
-    return report_checkpoint(options)
+    return options.do(options)
 
 
 if __name__ == "__main__":

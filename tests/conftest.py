@@ -24,16 +24,19 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture
-def images(tmp_path):
+def write_images(folder):
     """A folder of 2 classes, red-ish and blue-ish noise: 10 training and 6 test images, of odd sizes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 5), ("test", 3)):
         for channel, name in ((0, "red"), (2, "blue")):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 128, (36, 30, 3), dtype=np.uint8)
                 pixels[..., channel] += 100
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "images"
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / "images")

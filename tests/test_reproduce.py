@@ -186,10 +186,12 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(images, tmp_pat
     reproduce.main(argv)
     assert "seed 1, is finished" in capfd.readouterr().out
     assert log.stat().st_mtime < before and len(list(folder.glob("*.txt"))) == 1
+    reproduce.main(["curves", "lif-20_s1", "-c", str(tmp_path / "out"), "--out", str(tmp_path / "c.png")])
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     page = write_table(tmp_path)
     accuracy = float(log.read_text().split()[-1])
     cells = next(line for line in page.splitlines() if "epochs 3 instead of 200" in line).split(" | ")
-    assert cells[0] == "| depth-lif-20" and cells[2:4] == ["92.82", f"{accuracy:.2f}"]
+    assert cells[:2] == ["| preresnet.resnet20_lif, T=2", f"{accuracy:.2f}"] and cells[6] == "depth-lif-20"
     assert "| depth-lif-20 | 92.82 | - |" in page
 
 
@@ -215,29 +217,30 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     leave(out, "main-cifar10-if", 3, [10.0, 20.0], epochs=2)
     leave(out, "main-cifar10-if", 4, [11.0] * 200, dataset="imagefolder", path="data/jpeg", warmup=9)
     leave(out, "main-cifar10-if", 5, [12.0] * 37)
-    full, departing, how = write_table(tmp_path).split("\n## ")[1:]
+    ran, how, full = write_table(tmp_path).split("\n## ")[1:]
     # Means of 94 and 95, and of 96 and 95; standard deviations sqrt(1/2).
-    figures = "95.24{} | 94.50 ± 0.71 | 95.50 ± 0.71 | 2 | 200 | cifar10 |\n"
+    figures = "94.50 ± 0.71 (94.00, 95.00) | 95.50 ± 0.71 (96.00, 95.00) | 2 | 200 | cifar10 |"
+    assert f"| preresnet.resnet18_if, T=20 | {figures} main-cifar10-if | nothing |" in ran
     for row, error in (
         ("main-cifar10-if", " ± 0.17"),
         ("latency-if-t20", ""),
         ("ablation-trained-vth6-alpha0.5", ""),
     ):
-        assert f"| {row} | {figures.format(error)}" in full
+        assert f"| {row} | 95.24{error} | {figures}\n" in full
     assert "| main-cifar10-lif | 95.40 ± 0.15 | - |" in full
-    rows = [line.split(" | ") for line in departing.splitlines() if line.startswith("| main")]
-    assert [(row[1], row[3], row[-1]) for row in rows] == [
+    rows = [line.strip("| ").split(" | ") for line in ran.splitlines() if "T=20 |" in line]
+    assert [(row[-1], row[1], row[5]) for row in rows if row[-1] != "nothing"] == [
         (
             "dataset imagefolder instead of cifar10; path jpeg instead of ./data; warmup 9 instead of 400",
             "11.00",
-            "imagefolder (jpeg) |",
+            "imagefolder (jpeg)",
         ),
-        ("epochs 2 instead of 200", "20.00", "cifar10 |"),
-        ("stopped after 37 of 200 epochs", "12.00", "cifar10 |"),
+        ("epochs 2 instead of 200", "20.00", "cifar10"),
+        ("stopped after 37 of 200 epochs", "12.00", "cifar10"),
     ]
-    assert how.count("| main-cifar10-if |") == 4
+    assert how.count(" | main-cifar10-if | ") == 4
     reproduce.main(["list", "--checkpoint", str(out)])
-    assert "94.50 ± 0.71 (n=2) | " in capsys.readouterr().out
+    assert "94.50 ± 0.71 (94.00, 95.00) (n=2) | " in capsys.readouterr().out
 
 
 NETWORKS = ["preresnet.resnet20_if", "preresnet.resnet20_lif"]
@@ -258,6 +261,7 @@ def test_report_of_each_program_and_neuron(name, images, tmp_path, capsys):
     torch.save(dict(epoch=3, state_dict=state, args=args), tmp_path / "x.pth")
     torch.save(dict(state_dict=weights), tmp_path / "ann.pth")
     argv = ["report", str(tmp_path / "x.pth"), "--timesteps", "4", "--limit", "5", "--ann", "ann.pth"]
+    argv += ["--bits", "32"]
     if "_snn" in name:
         model = create_model(ann, num_classes=2)
         names = calibrate(model, [torch.randn(4, 3, 32, 32)], 4)
@@ -270,6 +274,8 @@ def test_report_of_each_program_and_neuron(name, images, tmp_path, capsys):
         row.split(" | ")[0].strip("| "): row.split(" | ") for row in page.splitlines() if row.startswith("| ")
     }
     assert {"2", "4"} < table.keys()
+    assert table["32"][1] == table["as trained"][1] and table["32"][2] == "+0.00 |"
+    assert "exact\nquantisation scheme is not known" in page
     layers = {layer for layer in table if "relu" in layer}
     assert layers == {re.sub(r"\.(\d)\.", r"[\1].", key[:-4]) for key in state if key.endswith(".Vth")}
     assert ("after conversion" in page) == ("_snn" in name)
@@ -289,6 +295,11 @@ MISTAKES = {
     "report {tmp}/official.pth": "settings",
     "report {tmp}/ann.pth": "ANN",
     "report {tmp}/snn.pth --thresholds x": "--ann",
+    "report {tmp}/snn.pth --bits 1": "--bits",
+    "curves nothing --checkpoint {tmp}": "nothing",
+    "curves --checkpoint {tmp}": "start one by `run`",
+    "publish {tmp}/snn.pth x": "--trained_on",
+    "publish {tmp}/snn.pth x --trained_on y": "best_acc",
     "report {tmp}/snn.pth --path {tmp}/nowhere": "nowhere",
 }
 

@@ -12,6 +12,10 @@ import torch
 from utils.cli import UserError, explained, refuse, warn
 from utils.foreign import load_run
 
+PRETRAINED = (
+    Path(__file__).resolve().parents[1] / "checkpoint" / "pretrained"
+)  # the networks that come trained
+
 
 def make_folder(folder, flag="--checkpoint"):
     """Make sure that files can be written to `folder`, which `flag` chooses, or raise UserError."""
@@ -51,8 +55,8 @@ def save_text(text, path):
 
 
 def find(name, folder):
-    """The file called `name` in `folder`, else at the path `name`."""
-    for path in (Path(folder, name), Path(name)):
+    """The file called `name` in `folder`, else at the path `name`, else the network that comes trained."""
+    for path in (Path(folder, name), Path(name), PRETRAINED / f"{name}.pth"):
         with suppress(OSError):  # a name that is too long
             if path.is_file():
                 return path

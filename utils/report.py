@@ -26,6 +26,12 @@ from utils.statistics import published_name, unrolled
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9e-6, 4.6e-6  # microjoules, 45 nm, 32-bit floats (Horowitz, ISSCC 2014)
 
 
+ROUNDED = """\
+Weights rounded after training, symmetrically per output channel, the largest one of a channel to the largest
+number, batch norm folded; the shifts of batch norm, biases and thresholds are not rounded. The paper's exact
+quantisation scheme is not known."""
+
+
 class Counter:
     """A hook of every forward pass; `units`: what a spike amounts to in a tensor, on through pools."""
 
@@ -79,28 +85,28 @@ def window(pool, x, output):
 
 
 class Measurement:
-    """Of one pass over batches (images, labels) of a test set. Operations and energies (µJ) are per image."""
+    """Of one pass over batches (images, labels) of a test set. Operations and energies (µJ) are per image.
+
+    `timed`: the last batch is shown to the network again, four times, for its speed.
+    """
 
     @torch.no_grad()
-    def __init__(self, model, batches):
+    def __init__(self, model, batches, timed=True):
         model.eval()
-        self.timesteps, self.images, hits, times = model.timesteps, 0, 0, []
+        self.timesteps, self.images, hits = model.timesteps, 0, 0
         counter = Counter(model)
         # A hook of all modules there are, as a network may make a pool or a Flatten in passing.
         with unrolled(model), nn.modules.module.register_module_forward_hook(counter):
             for images, labels in batches:
                 hits += int((model(images).argmax(1) == labels).sum())
                 self.images += len(labels)
-        for _ in range(4):  # the first one warms up
-            start = time.perf_counter()
-            float(model(images).sum())  # waits for a GPU
-            times.append(1000 * (time.perf_counter() - start) / len(images))
+        self.milliseconds = milliseconds(model, images) if timed else None
         sums = counter.sums
         fired, possible, neurons = sums["fired"], sums["possible"], sums["neurons"]
-        self.milliseconds = sorted(times[1:])[1]  # an image, in batches; on this machine
         self.accuracy = 100 * hits / self.images  # percent
         # Layer -> fraction of (sample, neuron, step) that fired; the same of all layers together.
         self.rates = {layer: fired[layer] / possible[layer] for layer in fired}
+        self.spikes = sum(fired.values()) / self.images
         self.overall = sum(fired.values()) / max(sum(possible.values()), 1)
         # Layer -> mean |representation of the spikes - clamp(representation of the input)|; the same in units
         # of the clamp's upper end, the representation of a spike a step.
@@ -112,6 +118,16 @@ class Measurement:
         self.dense = sum(sums["dense"].values())  # multiply-accumulates of the ANN of the same shape
         self.energy = ACCUMULATE * self.accumulates + MULTIPLY_ACCUMULATE * self.multiplies
         self.dense_energy = MULTIPLY_ACCUMULATE * self.dense
+
+
+def milliseconds(model, images):
+    """An image of a batch takes the network so long, on this machine: the median of three."""
+    times = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        float(model(images).sum())  # waits for a GPU
+        times.append(1000 * (time.perf_counter() - start) / len(images))
+    return sorted(times[1:])[1]
 
 
 # The columns of the table over T.
@@ -129,10 +145,11 @@ COLUMNS = {
 }
 
 
-def make_page(file, text, measured, trained, chain):
+def make_page(file, text, measured, trained, chain, rounded):
     """Write the page `file` and its picture, of Measurements, one of them with T=`trained`.
 
     `chain`: None or (the ANN's accuracy, Measurements of the SNN straight after conversion, perhaps none).
+    `rounded`: bits -> Measurement with weights of so many bits, at that T.
     """
     main, picture = next(m for m in measured if m.timesteps == trained), file.with_suffix(".png")
     save(None, picture, write=partial(draw, measured=measured, main=main, chain=chain))
@@ -144,6 +161,15 @@ def make_page(file, text, measured, trained, chain):
     if chain and chain[1]:
         lines += ["The SNN straight after conversion, without training:", ""]
         lines += [*markdown(["T", "top-1 %"], [(m.timesteps, f"{m.accuracy:.2f}") for m in chain[1]]), ""]
+    if rounded:
+        rows = [("as trained", main), *rounded.items()]
+        rows = [(bits, f"{m.accuracy:.2f}", f"{m.accuracy - main.accuracy:+.2f}") for bits, m in rows]
+        lines += [
+            f"## Weights of a few bits at T={trained}",
+            "",
+            *markdown(["bits", "top-1 %", "change"], rows),
+        ]
+        lines += ["", ROUNDED, ""]
     head = ["layer", "firing rate %", "representation error", "in % of the layer's maximum"]
     layers = [
         (layer, f"{100 * rate:.2f}", f"{main.errors[layer]:.4g}", f"{100 * main.relative[layer]:.2f}")

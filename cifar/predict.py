@@ -1,0 +1,81 @@
+"""What is in a picture, by a network that comes trained (checkpoint/README.md): its five likeliest classes.
+
+    python cifar/predict.py cat.jpg FOLDER --network resnet20_if_cifar10
+
+With the spikes that this picture makes and an estimate of their energy, beside that of the ANN of the same
+shape (utils/report.py says what is counted). Pictures may have any size: the largest square in the middle is
+shown to the network at 32x32. The networks were trained on a JPEG copy of CIFAR-10.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from cifar.program import get_parser as training_parser
+from models import create_model
+from utils import checkpoint, foreign
+from utils.cli import Parser, require, run_program
+from utils.data import read_image
+from utils.pretrained import SEE
+from utils.program import build_model
+from utils.report import Measurement
+
+
+def load_network(content, source, classes, **settings):
+    """The network of a checkpoint's `content`, read from `source`, on the CPU; `settings` replace its own."""
+    args = training_parser().parse([])
+    vars(args).update(content["args"], compile=False, sync_bn=False, **settings)
+    model = build_model(args, classes, "cpu", create_model)
+    checkpoint.load_weights(model, content["state_dict"], source)
+    return model.eval()
+
+
+def pictures(names):
+    """The files among `names`, and those of the folders among them."""
+    for name in map(Path, names):
+        if not name.is_dir():
+            yield name
+            continue
+        found = sorted(file for file in name.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        require(found, f"no pictures in {name}; known are {', '.join(IMG_EXTENSIONS)}")
+        yield from found
+
+
+@torch.no_grad()
+def predict(model, classes, file):
+    """Print what the model sees in the picture `file`, and what that costs."""
+    image = SEE(read_image(file))[None]
+    likeliest = model(image).softmax(1)[0].topk(min(5, len(classes)))
+    found = zip(likeliest.values.tolist(), likeliest.indices.tolist())
+    print(f"{file}: " + ", ".join(f"{classes[label]} {100 * p:.1f} %" for p, label in found))
+    m = Measurement(model, [(image, likeliest.indices[:1])], timed=False)
+    spikes = f"{m.spikes:.0f} spikes, {100 * m.overall:.1f} % of what could fire"
+    print(f"    {spikes}; {m.energy:.2f} µJ, the ANN of the same shape {m.dense_energy:.1f} µJ (estimates)")
+
+
+def main(argv=None):
+    parser = Parser({}, description=__doc__)
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="image files, or folders of them")
+    names = sorted(file.stem for file in checkpoint.PRETRAINED.glob("*.pth"))
+    text = f"one of: {', '.join(names)}"
+    parser.add_argument("--network", metavar="NAME", default="resnet20_lif_cifar10", help=text)
+    args = parser.parse_args(argv)
+    require(
+        args.network in names, f"no network {args.network!r} comes trained; choose from: {', '.join(names)}"
+    )
+    source = checkpoint.PRETRAINED / f"{args.network}.pth"
+    content = foreign.load_run(source, "acc")
+    classes, made = content["classes"], content["args"]
+    model = load_network(content, source, len(classes), backward="unrolled")
+    about = f"{made['model']}, T={model.timesteps}, trained on {made['trained_on']}"
+    print(f"{args.network}: {about}, {float(content['acc']):.2f} % right there")
+    for file in pictures(args.pictures):
+        predict(model, classes, file)
+
+
+if __name__ == "__main__":
+    run_program(main)

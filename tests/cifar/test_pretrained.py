@@ -1,0 +1,129 @@
+"""Networks that come trained, and a tiny one made here: they load, and get right what they are said to."""
+
+import json
+import shlex
+import shutil
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as t
+
+import hubconf
+import reproduce
+from cifar import main_single_gpu, predict
+from tests.conftest import write_images
+from utils import checkpoint
+from utils.cli import UserError
+from utils.data import CIFAR10
+from utils.pretrained import count_correct
+
+SHIPPED = sorted(checkpoint.PRETRAINED.glob("*.json"))
+RUN = "--model preresnet.resnet20_lif --timesteps 2 --Vth auto --delta_t 0.2 --epochs 1 --lr 0.01"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of one network, tiny_lif, trained for an epoch on ../images and published; see ../out."""
+    above = tmp_path_factory.mktemp("tiny")
+    folder, images = above / "pretrained", write_images(above / "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "PRETRAINED", folder)
+        patch.setattr(hubconf, "PRETRAINED", folder)
+        reproduce.main(
+            ["run", "depth-lif-20", *shlex.split(f"{RUN} --warmup 0"), *where(images, above / "out")]
+        )
+        (log,) = (above / "out" / "imagefolder").glob("*.txt")
+        publish = ["publish", str(log.with_suffix(".pth")), "tiny_lif", "--trained_on", "red and blue noise"]
+        reproduce.main([*publish, "--out", str(folder)])
+        archive = (folder / "test_images.tar.xz").read_bytes()
+        reproduce.main([*publish, "--out", str(folder)])
+        assert archive == (folder / "test_images.tar.xz").read_bytes()
+        yield folder
+
+
+def where(images, out):
+    flags = (
+        f"--dataset imagefolder --path {images} --checkpoint {out} --train-batch 5 --workers 0 --device cpu"
+    )
+    return shlex.split(flags)
+
+
+def test_every_network_gets_right_what_its_json_says(tiny):
+    for file in [tiny / "tiny_lif.json", *SHIPPED]:
+        made = json.loads(file.read_text())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hubconf, "PRETRAINED", file.parent)
+            model = hubconf.network(made["network"], pretrained=True)
+        assert count_correct(model, file.parent / made["images"]) == made["images_correct"]
+        assert "JPEG" in made["trained_on"] or file.parent == tiny
+        assert made.keys() >= {"command", "commit", "hardware", "torch", "manualSeed", "epochs"}
+
+
+def test_a_published_network_is_its_run(tiny):
+    (log,) = (tiny.parent / "out" / "imagefolder").glob("*.txt")
+    made = json.loads((tiny / "tiny_lif.json").read_text())
+    last = float(log.read_text().split()[-1])
+    assert made["accuracy_after_last_epoch"] == pytest.approx(last, abs=1e-4) and made["test_images"] == 6
+    test = tiny.parent / "images" / "test"
+    weights = torch.load(tiny / "tiny_lif.pth", weights_only=True)
+    assert "optimizer" not in weights and weights["classes"] == ["blue", "red"]
+    with tarfile.open(tiny / "test_images.tar.xz") as tar:  # all there are: fewer than 20 of a class
+        shipped = {entry.name: tar.extractfile(entry).read() for entry in tar}
+    files = {f"{f.parent.name}/{f.name}": f.read_bytes() for f in test.rglob("*.png")}
+    assert shipped == files
+    see = t.Compose([t.Resize(32), t.CenterCrop(32), t.ToTensor(), CIFAR10])
+    model, right = hubconf.network("tiny_lif", pretrained=True).double().eval(), 0
+    for file in test.rglob("*.png"):
+        logits = model(see(Image.open(file))[None].double())
+        right += weights["classes"][logits.argmax()] == file.parent.name
+    assert made["images_correct"] == right
+
+
+def test_resume_evaluates_and_fine_tunes(tiny, tmp_path, capsys):
+    accuracy = json.loads((tiny / "tiny_lif.json").read_text())["accuracy_after_last_epoch"]
+    argv = [
+        *shlex.split(f"--preset depth-lif-20 {RUN} --resume tiny_lif"),
+        *where(tiny.parent / "images", tmp_path),
+    ]
+    main_single_gpu.main([*argv, "--evaluate"])
+    assert f"top-1 {accuracy:.2f} %" in capsys.readouterr().out
+    main_single_gpu.main([*argv, "--epochs", "2"])  # the second one
+    epochs = (tmp_path / "imagefolder" / "preresnet.resnet20_lif.txt").read_text().splitlines()[1:]
+    assert len(epochs) == 2 and float(epochs[0].split()[-1]) == pytest.approx(accuracy, abs=1e-4)
+
+
+def test_predict(tiny, capsys):
+    images = tiny.parent / "images"
+    picture = images / "test" / "red" / "0.png"
+    predict.main(["--network", "tiny_lif", str(picture), str(images / "test" / "blue")])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "trained on red and blue noise" in first and "T=2" in first
+    assert [line.partition(":")[0] for line in lines[::2]] == [
+        str(picture),
+        *(str(images / "test" / "blue" / f"{i}.png") for i in range(3)),
+    ]
+    for line in lines[::2]:
+        shares = line.partition(": ")[2].replace(",", "").split()
+        assert sorted(shares[::3]) == ["blue", "red"]
+        assert sum(map(float, shares[1::3])) == pytest.approx(100, abs=0.11)
+    # ResNet-20 has somewhat less than 41 million multiply-accumulates, of 4.6 pJ.
+    assert all(170 < float(line.split("the same shape ")[1].split()[0]) < 188 for line in lines[1::2])
+
+
+def test_mistakes(tiny, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    (log,) = (tiny.parent / "out" / "imagefolder").glob("*.txt")
+    unknown, found = str(shutil.copy(log.with_suffix(".pth"), tmp_path)), []  # without its .run.json
+    for main, argv in (
+        (predict.main, ["x.png", "--network", "tiny_if"]),
+        (predict.main, [str(tmp_path / "text.png"), "--network", "tiny_lif"]),
+        (predict.main, [str(tiny), "--network", "tiny_lif"]),
+        (reproduce.main, ["publish", unknown, "x", "--trained_on", "y"]),
+    ):
+        with pytest.raises(UserError) as error:
+            main(argv)
+        found.append(str(error.value))
+    said = ["no network 'tiny_if'", "cannot read the image", "no pictures in", "not the last checkpoint"]
+    assert all(words in text for words, text in zip(said, found, strict=True))

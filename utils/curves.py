@@ -1,0 +1,37 @@
+"""Accuracy against epochs and against time, of several runs in one picture."""
+
+from itertools import accumulate
+
+from matplotlib.figure import Figure
+
+from utils.results import read_scalars
+
+
+def plot(outcomes):
+    """A figure of the test accuracy of Outcomes after every epoch, against epochs and wall-clock hours.
+
+    Hours are those of training and tests together, as they passed: a machine that was shared or paused shows.
+    A run whose time is not known for every epoch is drawn against epochs alone.
+    """
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    epochs, time = figure.subplots(1, 2, sharey=True)
+    for outcome in outcomes:
+        accuracy, scalars = [row[-1] for row in outcome.epochs], dict(read_scalars(outcome.files.tensorboard))
+        hours = [seconds / 3600 for seconds in accumulate(scalars.get("seconds an epoch", []))]
+        label = f"{outcome.title}, seed {outcome.args['manualSeed']}: {accuracy[-1]:.2f} %"
+        marker = "o" if len(accuracy) < 20 else None
+        (line,) = epochs.plot(range(1, len(accuracy) + 1), accuracy, marker=marker, label=label)
+        if len(hours) == len(accuracy):
+            time.plot(hours, accuracy, marker=marker, color=line.get_color())
+    epochs.set(xlabel="epoch", ylabel="top-1 accuracy on the test set (%)")
+    epochs.xaxis.get_major_locator().set_params(integer=True)
+    time.set(xlabel="hours (wall clock)")
+    for axes in (epochs, time):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def draw(outcomes, file):
+    """Write the PNG."""
+    plot(outcomes).savefig(file, format="png", dpi=120)
