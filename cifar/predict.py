@@ -57,16 +57,19 @@ def predict(model, classes, file):
     print(f"    {spikes}; {m.energy:.2f} µJ, the ANN of the same shape {m.dense_energy:.1f} µJ (estimates)")
 
 
-def main(argv=None):
+def get_parser():
     parser = Parser({}, description=__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="image files, or folders of them")
-    names = sorted(file.stem for file in checkpoint.PRETRAINED.glob("*.pth"))
-    text = f"one of: {', '.join(names)}"
+    text = "one that comes trained: a name in checkpoint/pretrained"
     parser.add_argument("--network", metavar="NAME", default="resnet20_lif_cifar10", help=text)
-    args = parser.parse_args(argv)
-    require(
-        args.network in names, f"no network {args.network!r} comes trained; choose from: {', '.join(names)}"
-    )
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    names = sorted(file.stem for file in checkpoint.PRETRAINED.glob("*.pth"))
+    unknown = f"no network {args.network!r} comes trained; choose from: {', '.join(names)}"
+    require(args.network in names, unknown)
     source = checkpoint.PRETRAINED / f"{args.network}.pth"
     content = foreign.load_run(source, "acc")
     classes, made = content["classes"], content["args"]

@@ -18,6 +18,7 @@ from torch import nn
 
 import imagenet.main
 import reproduce
+from cifar import predict
 from cifar.program import get_parser
 from models import create_model
 from tests.forks import ended, fork
@@ -340,6 +341,8 @@ def test_commands_in_the_docs_are_understood():
             reproduce.plan(options.row, 1, rest)
         else:
             assert not rest
+    for command in commands("cifar/predict.py"):
+        predict.get_parser().parse_args(shlex.split(command))
     for command in commands("imagenet/main.py"):
         imagenet.main.get_parser().parse(shlex.split(command))
 

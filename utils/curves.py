@@ -11,7 +11,8 @@ def plot(outcomes):
     """A figure of the test accuracy of Outcomes after every epoch, against epochs and wall-clock hours.
 
     Hours are those of training and tests together, as they passed: a machine that was shared or paused shows.
-    A run whose time is not known for every epoch is drawn against epochs alone.
+    Of an epoch that was interrupted they are those since its last start. A run whose time is not known for
+    every epoch is drawn against epochs alone.
     """
     figure = Figure(figsize=(12, 6), layout="constrained")
     epochs, time = figure.subplots(1, 2, sharey=True)

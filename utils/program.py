@@ -107,7 +107,8 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
         checkpoint.load_weights(model, resumed["state_dict"], source)
         steps = f" and {resumed['iteration']} iterations" if resumed["iteration"] else ""
         best = f", best top-1 {resumed['best_acc']:.2f} %" if resumed["best_acc"] >= 0 else ""
-        print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}")
+        label = f", trained on {resumed['args']['trained_on']}" if "trained_on" in resumed["args"] else ""
+        print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}{label}")
     elif prepare is not None:
         trained = prepare(model)
     loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")

@@ -88,7 +88,8 @@ def test_resume_evaluates_and_fine_tunes(tiny, tmp_path, capsys):
         *where(tiny.parent / "images", tmp_path),
     ]
     main_single_gpu.main([*argv, "--evaluate"])
-    assert f"top-1 {accuracy:.2f} %" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"top-1 {accuracy:.2f} %" in said and "trained on red and blue noise" in said
     main_single_gpu.main([*argv, "--epochs", "2"])  # the second one
     epochs = (tmp_path / "imagefolder" / "preresnet.resnet20_lif.txt").read_text().splitlines()[1:]
     assert len(epochs) == 2 and float(epochs[0].split()[-1]) == pytest.approx(accuracy, abs=1e-4)
