@@ -192,7 +192,10 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(images, tmp_pat
     page = write_table(tmp_path)
     accuracy = float(log.read_text().split()[-1])
     cells = next(line for line in page.splitlines() if "epochs 3 instead of 200" in line).split(" | ")
-    assert cells[:2] == ["| preresnet.resnet20_lif, T=2", f"{accuracy:.2f}"] and cells[6] == "depth-lif-20"
+    assert (
+        cells[:2] == ["| preresnet.resnet20_lif, T=2, Vth 0.3", f"{accuracy:.2f}"]
+        and cells[6] == "depth-lif-20"
+    )
     assert "| depth-lif-20 | 92.82 | - |" in page
 
 
@@ -221,7 +224,7 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     ran, how, full = write_table(tmp_path).split("\n## ")[1:]
     # Means of 94 and 95, and of 96 and 95; standard deviations sqrt(1/2).
     figures = "94.50 ± 0.71 (94.00, 95.00) | 95.50 ± 0.71 (96.00, 95.00) | 2 | 200 | cifar10 |"
-    assert f"| preresnet.resnet18_if, T=20 | {figures} main-cifar10-if | nothing |" in ran
+    assert f"| preresnet.resnet18_if, T=20, Vth 6.0 | {figures} main-cifar10-if | nothing |" in ran
     for row, error in (
         ("main-cifar10-if", " ± 0.17"),
         ("latency-if-t20", ""),
@@ -229,7 +232,7 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     ):
         assert f"| {row} | 95.24{error} | {figures}\n" in full
     assert "| main-cifar10-lif | 95.40 ± 0.15 | - |" in full
-    rows = [line.strip("| ").split(" | ") for line in ran.splitlines() if "T=20 |" in line]
+    rows = [line.strip("| ").split(" | ") for line in ran.splitlines() if "T=20, Vth 6.0 |" in line]
     assert [(row[-1], row[1], row[5]) for row in rows if row[-1] != "nothing"] == [
         (
             "dataset imagefolder instead of cifar10; path jpeg instead of ./data; warmup 9 instead of 400",

@@ -30,9 +30,10 @@ class Outcome:
     @property
     def title(self):
         """What was trained, in few words; `neurons` says whose, if not ours (benchmarks/peer_run.py)."""
-        T = "" if "_ann" in self.args["model"] else f", T={self.args['timesteps']}"
-        whose = f", neurons of {self.args['neurons']}" if "neurons" in self.args else ""
-        return self.args["model"] + T + whose
+        args = self.args
+        neurons = "" if "_ann" in args["model"] else f", T={args['timesteps']}, Vth {args['Vth']}"
+        whose = f", neurons of {args['neurons']}" if "neurons" in args else ""
+        return args["model"] + neurons + whose
 
 
 def epochs_done(files, epochs):
