@@ -7,8 +7,9 @@
 
 Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`; by the engines `events`
 and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rate-` of these; `ann` (ReLUs,
-one time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). They
-take turns, step by step; a figure is the median. In inference batch norm has the statistics of the images.
+one time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). On
+GPUs also `-tf32`: without it, or `-bf16`, TF32 is off. They take turns, step by step; a figure is the median.
+In inference batch norm has the statistics of the images.
 Peak memory is that of a process of its own: VmHWM, or max_memory_allocated on a GPU. Time follows the firing
 rates: those of the first step are printed as well.
 """
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,7 @@ VARIANTS = [
     "dense-bf16-compile", "rate-events", "rate-dense", "rate-dense-bf16", "rate-dense-compile",
     "rate-dense-bf16-compile", "ann", "floor",
 ]  # fmt: skip
+GPU_VARIANTS = ["peer-tf32", "peer-bf16", "unrolled-tf32", "dense-tf32", "ann-tf32", "ann-bf16"]
 
 
 NEURONS = ("Vth", "alpha", "Vth_bound", "tau", "delta_t")
@@ -72,10 +74,10 @@ def build(variant, args, timesteps):
     settings = settings | neurons | dict(timesteps=timesteps)
     family, kind = args.model.rsplit("_", 1)
     torch.manual_seed(0)
-    if variant == "ann":
+    if variant.startswith("ann"):
         name = family.replace("_snn", "_ann") if imagenet else family + "_ann"
         return create_model(name, num_classes=settings["num_classes"]).to(args.device)
-    if variant == "peer":
+    if variant.startswith("peer"):
         network, _ = registry.NETWORKS[args.model]
         del settings["num_classes"]
         model = network(activation=partial(Peer, kind, settings), num_classes=10, dropout=0.0)
@@ -89,9 +91,10 @@ def build(variant, args, timesteps):
     if args.weights:
         state = torch.load(args.weights, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict(state)
+    model = model.to(args.device)
     if variant.endswith("-compile"):
         model.compile_loops()
-    return model.to(args.device)
+    return model
 
 
 def step(variant, args, timesteps, model=None):
@@ -105,19 +108,18 @@ def step(variant, args, timesteps, model=None):
     if variant == "floor":
         return floor(args, timesteps, x)
     model = build(variant, args, timesteps) if model is None else model
-    autocast = partial(torch.autocast, args.device, torch.bfloat16) if "bf16" in variant else nullcontext
     if args.inference:
         settle(model, x)
 
         def run():
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), arithmetic(variant, args.device):
                 model(x)
 
         return run
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
 
     def run():
-        with autocast():
+        with arithmetic(variant, args.device):
             loss = F.cross_entropy(model(x), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -134,6 +136,13 @@ def settle(model, x):
             module.momentum = 1.0
     model.train()(x)
     model.eval()
+
+
+def arithmetic(variant, device):
+    """Autocast for `-bf16`. TF32 for it and `-tf32` alone, from here on: the backward pass wants it too."""
+    allowed = "tf32" in variant or "bf16" in variant
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    return torch.autocast(device, torch.bfloat16, enabled="bf16" in variant)
 
 
 def pictures(folder, count, size):
@@ -259,12 +268,14 @@ def get_parser():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, metavar="NAME")
+    parser.add_argument(
+        "--variants", nargs="+", default=VARIANTS, choices=VARIANTS + GPU_VARIANTS, metavar="NAME"
+    )
     parser.add_argument("--inference", action="store_true", help="eval-mode forward passes in place of steps")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--sweep", help="also draw time and memory against T into this picture")
     parser.add_argument("--json", help="also write the figures here")
-    parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=VARIANTS + GPU_VARIANTS, help=argparse.SUPPRESS)
     return parser
 
 

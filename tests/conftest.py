@@ -40,3 +40,13 @@ def write_images(folder):
 @pytest.fixture
 def images(tmp_path):
     return write_images(tmp_path / "images")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line that nothing was tried on a GPU."""
+    reports = terminalreporter.stats.get("skipped", [])
+    skipped = [report for report in reports if "gpu" in report.keywords and "no CUDA" in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"skipped: {len(skipped)} tests marked gpu, as there is no CUDA device here"
+        )

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# All that a GPU can tell, in one call of less than 9 minutes: tests, times, memory, a profile, a training run.
+#
+#     benchmarks/gpu.sh results                  # a folder of small files: start with results/summary.md
+#     benchmarks/gpu.sh results --images FOLDER  # FOLDER/train/<class>/*, FOLDER/test/<class>/*
+#     benchmarks/gpu.sh results --smoke          # everything in small, on the CPU, in a minute
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec timeout 535 "${PYTHON:-python3}" -u benchmarks/gpu.py "$@"
