@@ -1,13 +1,10 @@
 """What `gpu.sh` runs: stages, each in a process of its own, with a time limit, whether or not others fail."""
 
 import argparse
-import gc
-import json
 import multiprocessing
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,25 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import step_time  # noqa: E402
+from benchmarks.gpu_steps import LIF, SMALL, save, steps  # noqa: E402
 from cifar.program import main as train  # noqa: E402
 from utils.data import DATASETS, load_data, train_loader  # noqa: E402
 
-LIF, IF = "preresnet.resnet18_lif", "preresnet.resnet18_if"
-# (model, T, variants), the most wanted first, since the stage's time may not do for all.
-STEPS = [
-    (LIF, 20, "peer peer-bf16 unrolled unrolled-bf16 dense dense-tf32 dense-bf16 graph-dense-bf16"),
-    (LIF, 20, "rate-dense-bf16 graph-ann-bf16 ann ann-tf32 ann-bf16 floor"),
-    (LIF, 5, "peer peer-bf16 unrolled unrolled-bf16 dense dense-tf32 dense-bf16 graph-dense-bf16 floor"),
-    (LIF, 50, "peer unrolled unrolled-bf16 dense dense-tf32 dense-bf16 graph-dense-bf16 floor"),
-    (IF, 20, "peer unrolled-bf16 dense dense-bf16 graph-dense-bf16"),
-    (IF, 5, "peer unrolled-bf16 dense dense-bf16 graph-dense-bf16"),
-    (LIF, 10, "peer unrolled-bf16 dense dense-bf16 graph-dense-bf16"),
-    (IF, 10, "peer dense dense-bf16"),
-    (IF, 50, "peer dense dense-bf16"),
-    (LIF, 5, "dense-compile dense-bf16-compile"),
-    (LIF, 20, "dense-bf16-compile"),
-]
-SMOKE_STEPS = [("preresnet.resnet20_lif", 2, "peer unrolled-bf16 dense-tf32 dense-bf16 ann floor")]
 RECIPE = "--timesteps 5 --lr 0.05 --Vth 0.6 --alpha 0.5 --Vth_bound 0.001 --delta_t 0.1 --manualSeed 1"
 
 
@@ -61,108 +43,13 @@ def acceptance(args):
     subprocess.run([*command, *chosen], cwd=ROOT, env=environment, check=True)
 
 
-def steps(args):
-    """Time and memory of a training step: a row for each network, T and variant."""
-    rows, known = [], has_peer()
-    for model, T, variants in SMOKE_STEPS if args.smoke else STEPS:
-        settings = step_time.get_parser().parse_args(["--device", args.device, "--model", model])
-        settings.batch = 2 if args.smoke else 128
-        for variant in variants.split():
-            if known or not variant.startswith("peer"):
-                rows.append(dict(model=model, timesteps=T, batch=settings.batch, variant=variant))
-                rows[-1] |= measured(variant, settings, T, repeats=2 if args.smoke else 7)
-                print(rows[-1])
-                save(rows, args.out / "steps.json")
-                (args.out / "steps.md").write_text(table(rows))
-    draw(rows, args.out / "steps.png")
-
-
-def has_peer():
-    try:
-        import spikingjelly.activation_based.neuron  # noqa: F401
-    except ImportError:
-        print("spikingjelly is not installed: no peer")
-        return False
-    return True
-
-
-def measured(variant, settings, T, repeats):
-    """Median seconds of a step after three, and its peak memory (on a GPU); or what went wrong."""
-    gc.collect()
-    if settings.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        run = step_time.step(variant.removeprefix("graph-"), settings, T)
-        run = captured(run) if variant.startswith("graph-") else run
-        seconds = [timed(run, settings.device) for _ in range(repeats + 3)][3:]
-    except RuntimeError as error:  # out of memory, or what a graph cannot hold
-        return dict(error=str(error).splitlines()[0][:200])
-    found = dict(seconds=statistics.median(seconds), slowest=max(seconds))
-    if settings.device == "cuda":
-        found["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
-    return found
-
-
-def timed(run, device):
-    step_time.synchronize(device)
-    start = time.perf_counter()
-    run()
-    step_time.synchronize(device)
-    return time.perf_counter() - start
-
-
-def captured(run):
-    """The step as a CUDA graph: one launch."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def table(rows):
-    """The rows as Markdown, with the speed as a multiple of the peer's."""
-    peers = {(r["model"], r["timesteps"]): r.get("seconds") for r in rows if r["variant"] == "peer"}
-    lines = ["| network | T | variant | ms a step | images/s | x peer | peak MB |", "| --- " * 7 + "|"]
-    for row in rows:
-        start = f"| {row['model']} | {row['timesteps']} | {row['variant']} |"
-        if "error" in row:
-            lines.append(f"{start} {row['error']} | | | |")
-            continue
-        t, peer = row["seconds"], peers.get((row["model"], row["timesteps"]))
-        faster = f"{peer / t:.2f}" if peer else ""
-        memory = f"{row['peak_MB']:.0f}" if "peak_MB" in row else ""
-        lines.append(f"{start} {1000 * t:.1f} | {row['batch'] / t:.0f} | {faster} | {memory} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows, file):
-    """Time and memory of a step against T."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("seconds", "peak_MB"), ("s a step", "peak MB")):
-        for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in rows):
-            own = [r for r in rows if (r["model"], r["variant"]) == (model, variant) and key in r]
-            points = sorted((r["timesteps"], r[key]) for r in own)
-            axes.plot(*zip(*points), "o-", label=f"{variant} {model[-3:].strip('_')}") if points else None
-        axes.set(xlabel="T", ylabel=label, yscale="log")
-        axes.legend(fontsize=6, ncols=2)
-    figure.savefig(file, dpi=110)
-
-
 def profile(args):
     """What a step spends its time on, and how many kernels it launches."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
     settings = step_time.get_parser().parse_args(["--device", args.device])
-    settings.model, settings.batch = (SMOKE_STEPS[0][0], 2) if args.smoke else (LIF, 128)
+    settings.model, settings.batch = (SMALL, 2) if args.smoke else (LIF, 128)
     cuda, counts = args.device == "cuda", {}
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
     for T, variant in (
@@ -221,7 +108,7 @@ def training(args):
     how = f"--epochs 5 --precision bf16 --pin_memory --workers {workers} --test-batch 500"
     if args.smoke:
         DATASETS["digits"] = SimpleNamespace(**vars(DATASETS["digits"]) | dict(load=few_digits))
-        model, how = SMOKE_STEPS[0][0], "--epochs 1 --workers 0 --test-batch 8 --train-batch 8"
+        model, how = SMALL, "--epochs 1 --workers 0 --test-batch 8 --train-batch 8"
     with tempfile.TemporaryDirectory() as folder:  # whose checkpoints are too large to be kept
         flags = f"--dataset {name} --path {args.images} -c {folder} --model {model} --device {args.device}"
         train(f"{flags} {RECIPE} {how}".split(), lr=0.05)
@@ -234,16 +121,13 @@ def few_digits(*arguments, load=DATASETS["digits"].load, **settings):
     return [torch.utils.data.Subset(part, range(8)) for part in load(*arguments, **settings)]
 
 
-def save(figures, file):
-    file.write_text(json.dumps(figures, indent=1) + "\n")
-
-
 def run_stage(stage, args):
     """In a process of its own, which prints to a file of its own."""
     os.setsid()  # so that its processes can be ended together
     printed = (args.out / f"{stage.__name__}.txt").open("w", buffering=1)
     os.dup2(printed.fileno(), 1)
     os.dup2(printed.fileno(), 2)
+    sys.stdout = sys.stderr = printed
     stage(args)
 
 
@@ -261,9 +145,16 @@ def main():
         "cpu" if args.smoke else "cuda",
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    # Forked processes can use a GPU only if this one never touches it.
-    processes, lines = multiprocessing.get_context("fork"), []
-    limits = {machine: 20, acceptance: 180, steps: 140, profile: 45, loader: 35, training: 110}
+    lines = run_stages({machine: 20}, args, [])
+    no_gpu = f"no GPU can be used here, see {args.out}/machine.txt; --smoke tries all on the CPU"
+    if "| done |" not in lines[0]:
+        sys.exit(f"error: {no_gpu}")
+    run_stages({acceptance: 180, steps: 140, profile: 45, loader: 35, training: 110}, args, lines)
+
+
+def run_stages(limits, args, lines):
+    """Run each stage for so many seconds at most, and add to the lines of the summary. -> lines"""
+    processes = multiprocessing.get_context("fork")  # can use a GPU, as this process never touches it
     for stage, limit in limits.items():
         start = time.monotonic()
         process = processes.Process(target=run_stage, args=(stage, args))
@@ -275,12 +166,9 @@ def main():
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
         lines.append(f"| {stage.__name__} | {how} | {time.monotonic() - start:.0f} |")
-        print(lines[-1])
+        print(lines[-1], flush=True)
         summarize(args.out, lines)
-        if stage is machine and how != "done":
-            sys.exit(
-                f"error: no GPU can be used here, see {args.out}/machine.txt; --smoke tries all on the CPU"
-            )
+    return lines
 
 
 def summarize(folder, lines):

