@@ -40,7 +40,7 @@ def steps(args):
                 print(rows[-1])
                 save(rows, args.out / "steps.json")
                 (args.out / "steps.md").write_text(table(rows))
-    draw(rows, args.out / "steps.png")
+        draw(rows, args.out / "steps.png")  # here, as the stage may be stopped
 
 
 def has_peer():

@@ -57,7 +57,6 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path, capsys):
     assert (tmp_path / "works.txt").read_text() == "as ever\n"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/gpu.py", tmp_path]
     environment = os.environ | dict(CUDA_VISIBLE_DEVICES="")
