@@ -66,7 +66,7 @@ def profile(args):
         counts[f"{variant} T={T}"] = (
             len(kernels) if cuda else sum(e.name.startswith("aten::") for e in events)
         )
-        sort = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        sort = "self_device_time_total" if cuda else "self_cpu_time_total"
         text = seen.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=70)
         (args.out / f"profile_{variant}_T{T}.txt").write_text(text)
         if cuda:

@@ -81,6 +81,7 @@ def timed(run, device):
 def captured(run):
     """The step as a CUDA graph: one launch."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()

@@ -5,6 +5,7 @@ tests/models, run here on the GPU. DSR_TEST_DEVICE=cpu tries the logic of these 
 """
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -149,11 +150,11 @@ def test_autocast(backward):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-def program(flags, check=True, **settings):
+def program(flags, **settings):
     """Start a program in a process of its own, to its end."""
     command = [sys.executable, "-u", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200, **settings)
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
@@ -217,11 +218,12 @@ def test_the_imagenet_chain(tmp_path):
     make_images(tmp_path / "data", train=4, val=(3, 2, 2))
     fixed = f"--data {tmp_path}/data -c {tmp_path} --image_size 32 --batch-size 4 -j 0 --epochs 1 --seed 1"
     fixed = f"imagenet/main.py {fixed} {'' if DEVICE == 'cuda' else '--device cpu'}"
-    program(f"{fixed} --arch preresnet_ann.resnet18 --name ann --optimizer SGD --lr 0.01")
-    program(f"{fixed} --arch preresnet_cal_Vth.resnet18 --pre_train ann.pth --calculate_Vth Vth")
+    one = dict(env=os.environ | dict(CUDA_VISIBLE_DEVICES="0"))  # twelve images are too few for more GPUs
+    program(f"{fixed} --arch preresnet_ann.resnet18 --name ann --optimizer SGD --lr 0.01", **one)
+    program(f"{fixed} --arch preresnet_cal_Vth.resnet18 --pre_train ann.pth --calculate_Vth Vth", **one)
     processes = "--multiprocessing-distributed --world-size 1 --rank 0 --cpu_processes 1"
     snn = "--arch preresnet_snn.resnet18_if --pre_train ann.pth --load_Vth Vth.dict --timesteps 2 --name snn"
-    program(f"{fixed} {processes} --dist-url tcp://127.0.0.1:20517 {snn}")
+    program(f"{fixed} {processes} --dist-url tcp://127.0.0.1:20517 {snn}", **one)
     thresholds = torch.load(tmp_path / "imagenet/Vth.dict", weights_only=True)
     saved = torch.load(tmp_path / "imagenet/snn.pth", weights_only=True, map_location="cpu")
     assert len(thresholds) == 20 and all(value.device.type == "cpu" for value in thresholds.values())
@@ -230,6 +232,7 @@ def test_the_imagenet_chain(tmp_path):
 
 def peak(model, batch, steps=2):
     """The most memory, in bytes, that training steps take on the GPU."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     list(training(model, steps=steps, batch=batch))
@@ -237,19 +240,23 @@ def peak(model, batch, steps=2):
 
 
 def test_memory(cuda):
-    """T=50 at batch 128 fits; what stays between steps does not grow; T=20 takes a third of the peer's."""
+    """T=50 at batch 128 fits; what stays between steps does not grow; T=20 takes half of unrolled."""
     model = create_model("preresnet.resnet18_lif", timesteps=50)
     steps, left = training(model, steps=4, batch=128), []
     for _ in steps:
         left.append(torch.cuda.memory_allocated())
-    assert left[-1] == left[1]
+    assert left[-1] <= 1.01 * left[1]
     del model, steps
     collapsed = peak(create_model("preresnet.resnet18_lif", timesteps=20), 128)
     unrolled = peak(create_model("preresnet.resnet18_lif", timesteps=20, backward="unrolled"), 128)
     assert collapsed < unrolled / 2
+
+
+def test_a_third_of_the_peers_memory(cuda):
     pytest.importorskip("spikingjelly", reason="no spikingjelly: the peer's memory was not measured")
     from benchmarks.step_time import build, get_parser
 
+    collapsed = peak(create_model("preresnet.resnet18_lif", timesteps=20), 128)
     args = get_parser().parse_args(["--device", "cuda"])
     assert collapsed < peak(build("peer", args, 20), 128) / 3
 
@@ -266,6 +273,7 @@ def test_a_step_can_be_captured_as_a_graph(cuda):
         optimizer.step()
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(model, optimizers[0])
