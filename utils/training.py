@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from utils.foreign import read_log
 from utils.recipe import cosine, load_optimizer, make_optimizer, warmup_cosine
 from utils.records import Recorder
 from utils.signals import StopRequest
+from utils.thresholds import few
 
 LOWER = "go on from the last checkpoint with a lower --lr (--resume FILE)"
 
@@ -76,9 +78,11 @@ def autocast(device, precision):
 def train_steps(network, *, loader, optimizer, schedule, metrics, device, title, precision, first):
     """Train on the batches of an epoch from number `first` on; after each, yields how many are done."""
     network.train()
+    model = getattr(network, "module", network)
     for step, (images, labels) in enumerate(batches(loader, device, title, metrics, first), start=first):
         torch.manual_seed(mix_seed(loader.dataset.seed, loader.sampler.epoch, step, rank(), 1))  # dropout's
-        with autocast(device, precision):
+        look = statistics.count_spikes(model) if schedule.last_epoch == 0 else nullcontext()
+        with autocast(device, precision), look as counts:
             logits = network(images)
         loss = F.cross_entropy(logits, labels)
         finite = loss.detach().isfinite().to("cpu", non_blocking=True)  # while the device computes on
@@ -88,11 +92,11 @@ def train_steps(network, *, loader, optimizer, schedule, metrics, device, title,
         if fetched is not None:
             fetched.synchronize()
         if met_by := any_process(0 if finite else rank() + 1):  # before the weights are spoilt
-            layer = statistics.first_not_finite(getattr(network, "module", network), images)
+            layer = statistics.first_not_finite(model, images)
             where = f"iteration {step + 1} of {title}, first in {layer or 'the loss itself'}"
             raise UserError(share(f"the loss is {loss.item()} at {where}; {LOWER}", met_by - 1))
-        if schedule.last_epoch == 0:
-            warn_if_silent(network)
+        if counts is not None:
+            warn_if_silent(network, statistics.firing_rates(counts))
         optimizer.step()
         schedule.step()
         metrics.add(loss, logits, labels)
@@ -115,12 +119,15 @@ def evaluate(model, loader, device, precision="fp32", stop=None):
     return metrics.result(everywhere=True), statistics.firing_rates(counts)
 
 
-def warn_if_silent(model):
+def warn_if_silent(model, rates):
     """A network in which no spike gets through learns nothing, and nothing else would tell."""
+    silent = [layer for layer, rate in rates.items() if not rate]
     first = next(parameter for parameter in model.parameters() if parameter.dim() > 1)
-    if not first.grad.any():
+    what = [f"no spike of the first batch in {few(silent)}"] if silent else []
+    what += [] if first.grad.any() else ["the gradient of the first batch is exactly zero at the first layer"]
+    if what:
         hint = "say --Vth auto, or lower --Vth or --alpha, or raise --timesteps, --delta_t or the batch size"
-        warn(f"the gradient of the first batch is exactly zero at the first layer; {hint}")
+        warn(f"{'; '.join(what)}; {hint}")
 
 
 class Run:
@@ -209,7 +216,9 @@ class Run:
         args, epoch, neurons = self.args, self.epoch - 1, dict(statistics.neuron_layers(self.model))
         silent = [layer for layer in neurons if not rates[layer]]
         low = [layer for layer, neuron in neurons.items() if neuron.Vth <= neuron.Vth_bound]
-        for what, layers in (("no spike on the test set", silent), ("a threshold at --Vth_bound", low)):
+        silence = "no spike on the test set"
+        silence += "" if args.Vth == "auto" else " (a start with --Vth auto fits thresholds to the data)"
+        for what, layers in ((silence, silent), ("a threshold at --Vth_bound", low)):
             if new := [layer for layer in layers if (what, layer) not in self.warned]:
                 warn(f"{what}: {', '.join(new)}")
             self.warned |= {(what, layer) for layer in new}

@@ -230,8 +230,17 @@ LAYERS += ["relu1", "relu2", "relu3"]
 def test_silent_network_is_reported(small, capsys):
     small("--epochs 1 --Vth 500")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert "gradient" in warnings[0] and "--Vth" in warnings[0]
-    assert warnings[1:] == ["warning: no spike on the test set: " + ", ".join(LAYERS)]
+    first = "no spike of the first batch in layer1[0].relu1, layer1[0].relu2, layer1[1].relu1 and 18 more; "
+    assert first + "the gradient" in warnings[0] and "say --Vth auto" in warnings[0]
+    (later,) = warnings[1:]
+    assert "no spike on the test set" in later and "--Vth auto" in later and later.endswith(", ".join(LAYERS))
+
+
+def test_a_silent_last_layer_is_named_though_gradients_pass(small, capsys):
+    """IF lets a gradient pass where a current's rate is exactly 0: that alone would hide the silence."""
+    small("--model preresnet.resnet20_if --epochs 1 --Vth 5 --alpha 0.5")
+    (first,) = [line for line in capsys.readouterr().err.splitlines() if "first batch" in line]
+    assert "relu2, relu3; say --Vth auto" in first
 
 
 MISTAKES = {
