@@ -13,7 +13,6 @@ import io
 import json
 import re
 import sys
-import time
 from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
@@ -153,7 +152,7 @@ def look_at_start(cell, options):
 
 def train(cell, options):
     """Train; -> what was found in every epoch, and of the layers at the end."""
-    argv, began = command(cell, options), time.process_time()
+    argv = command(cell, options)
     try:
         cifar.main(argv)
     except UserError as error:  # such as a loss that is NaN: a result as well
@@ -164,7 +163,7 @@ def train(cell, options):
     model.load_state_dict(foreign.load(files.checkpoint)["state_dict"])
     found = dict(after=by_layer(model.eval(), data, args))
     found["epochs"] = foreign.read_log(files.log)  # lr, loss of training and test, accuracies of both
-    return found | dict(core_minutes=(time.process_time() - began) / 60, command=argv)
+    return found | dict(command=argv)
 
 
 def convert(cell, options):
@@ -207,12 +206,13 @@ def plan_of(cells):
 
 def do(step, cell, options):
     """Take a step of a cell, unless results.json holds what it finds, and add that."""
-    found, finds = read_results(options.out), dict(look_at_start="before", train="epochs", convert="top1")
-    of_cell = found.setdefault(str(cell), {})
-    if finds[step.__name__] in of_cell or "failed" in of_cell:
+    finds = dict(look_at_start="before", train="epochs", convert="top1")[step.__name__]
+    if {finds, "failed"} & read_results(options.out).get(str(cell), {}).keys():
         return
     print(f"\n{cell}: {step.__name__}", flush=True)
-    of_cell.update(step(cell, options))
+    of_cell = step(cell, options)
+    found = read_results(options.out)  # again: another process may have added to it
+    found[str(cell)] = found.get(str(cell), {}) | of_cell
     found["machine"] = dict(hardware=results.hardware("cpu"), torch=str(torch.__version__))
     checkpoint.save_text(json.dumps(found, indent=1) + "\n", options.out / "results.json")
 

@@ -22,7 +22,8 @@ def write_page(found):
     tables |= {"quickstart": quickstart(found), "conversion": conversion(found)}
 
     def renew(match):
-        return "\n".join([match[1], *tables[match[2]], match[3]])
+        head, rows = tables[match[2]]
+        return "\n".join([match[1], *(markdown(head, rows) if rows else ["Not run yet."]), match[3]])
 
     text = PAGE.read_text(encoding="utf-8")
     block = r"(<!-- table: ([\w ]+) -->)\n.*?(<!-- end -->)"
@@ -51,7 +52,7 @@ def starts(found, job):
                     figures = [f"{100 * statistics.median(values):.1f}" for values in (rates, errors)]
                     silent = f"{rates.count(0)} of {len(rates)}"
                     rows.append([kind.upper(), T, setting, f"{gradients[0]:.2g}", silent, *figures])
-    return markdown(head, rows)
+    return head, rows
 
 
 def accuracies(found, job):
@@ -73,7 +74,7 @@ def accuracies(found, job):
             loss = [spread([log[-1][1] for log in of]) if of else "-" for of in logs]
             n = ", ".join(sorted({str(len(of)) for of in logs}))
             rows.append([kind.upper(), T, n, *last, *best, *loss])
-    return markdown(head, rows)
+    return head, rows
 
 
 def quickstart(found):
@@ -83,7 +84,7 @@ def quickstart(found):
         if logs := of_seeds(found, "digits", "if", 2, setting, "epochs"):
             best = spread([max(row[4] for row in log) for log in logs])
             rows.append([Vth, spread([log[-1][4] for log in logs]), best, len(logs)])
-    return markdown(head, rows)
+    return head, rows
 
 
 def conversion(found):
@@ -94,7 +95,7 @@ def conversion(found):
         if any(top1):
             rows.append([T, *[f"{of[0]:.1f}" if of else "-" for of in top1]])
     names = ["`--calibrate_by quantile` %", "`--calibrate_by error` %", "`--Vth auto` %"]
-    return markdown(["T", *names], rows)
+    return ["T", *names], rows
 
 
 def draw_accuracies(found, file):
