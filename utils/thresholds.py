@@ -26,9 +26,8 @@ def start_thresholds(model, fit_thresholds, data, args, resumed, device):
     apply = args.Vth == "auto" and not known
     if not (apply or args.show_Vth):
         return
-    batches = some_batches(
-        data, IMAGES, args.train_batch // distributed.world_size(), args.manualSeed, device
-    )
+    size = args.train_batch // distributed.world_size()
+    batches = some_batches(data, IMAGES, size, args.manualSeed, device)
     fits = fit_thresholds(model, batches, apply=apply)
     fits = {published_name(layer): fit for layer, fit in fits.items()}
     if apply:
@@ -67,23 +66,14 @@ def cells(fit):
 
 
 def warn_of_thresholds(fits, applied):
-    """Name the layers that are silent, or lose much that a threshold of their own would not."""
-    if applied:
-        dead = [layer for layer, fit in fits.items() if not (fit.fitted.rate or fit.alive)]
-        if dead:
-            warn(f"no threshold of at least --Vth_bound makes these layers fire: {few(dead)}")
-        return
-    silent = [layer for layer, fit in fits.items() if not fit.given.rate]
-    poor = [layer for layer, fit in fits.items() if fit.given.rate and is_poor(fit.given, fit.fitted)]
-    what = [f"do not fire ({few(silent)})"] if silent else []
-    what += [f"lose more than half of what their currents represent ({few(poor)})"] if poor else []
-    if what:
-        text = f"on the first images {len(silent) + len(poor)} of {len(fits)} layers " + " or ".join(what)
-        warn(f"{text}; --Vth auto starts every layer at a threshold that fits the data")
-
-
-def is_poor(given, fitted):
-    return given.error > LOST and given.error > 2 * fitted.error
+    """Name the layers that no threshold makes fire, or that lose much that one of their own would not."""
+    dead = [layer for layer, fit in fits.items() if not fit.alive]
+    poor = [layer for layer, fit in fits.items() if fit.given.error > max(LOST, 2 * fit.fitted.error)]
+    if applied and dead:
+        warn(f"no threshold of at least --Vth_bound makes these layers fire: {few(dead)}")
+    if poor and not applied:
+        what = f"{len(poor)} of {len(fits)} layers lose more than half of what their currents represent"
+        warn(f"{what}: {few(poor)}; --Vth auto starts every layer at a threshold that fits the data")
 
 
 def few(layers):
