@@ -75,10 +75,11 @@ def all_cells():
     convert = [
         Cell("convert", "if", T, by, 1) for T in (4, 8, 16, 32) for by in ("quantile", "error", "auto")
     ]
-    cells = [*pairs("digits", 2, 1), *pairs("cifar", 2, 1), *pairs("digits", 5, 3), *convert]
-    cells += [*pairs("tiny", 2, 1), *pairs("cifar", 5, 3), *pairs("tiny", 5, 3)]
-    cells += [*quickstart, *pairs("digits", 2, 1, seeds=rest), *pairs("cifar", 10), *pairs("tiny", 10)]
-    return [*cells, *pairs("digits", 3, 5, seeds=rest), *pairs("digits", 10, seeds=range(1, 6))]
+    cells = [*pairs("digits", 2, 1), *pairs("cifar", 2, 1)]
+    cells += [*quickstart, *pairs("digits", 2, seeds=rest), *pairs("digits", 5, 3), *convert]
+    cells += [*pairs("cifar", 5, 3), *pairs("tiny", 2, 1, 5, 3)]
+    cells += [*pairs("digits", 1, 3, 5, seeds=rest), *pairs("cifar", 10), *pairs("tiny", 10)]
+    return [*cells, *pairs("digits", 10, seeds=range(1, 6))]
 
 
 def neurons(kind, T):

@@ -51,7 +51,7 @@ def starts(found, job):
                     errors = [layer["error"] for layer in layers.values() if layer["error"]]
                     figures = [f"{100 * statistics.median(values):.1f}" for values in (rates, errors)]
                     silent = f"{rates.count(0)} of {len(rates)}"
-                    rows.append([kind.upper(), T, setting, f"{gradients[0]:.2g}", silent, *figures])
+                    rows.append([kind.upper(), T, setting, f"{gradients[0]:.3g}", silent, *figures])
     return head, rows
 
 
@@ -109,7 +109,7 @@ def draw_accuracies(found, file):
                 means = {T: statistics.mean([log[-1][4] for log in of]) for T, of in logs.items() if of}
                 style = dict(color=COLOURS[setting], ls="-" if kind == "if" else "--", marker="o")
                 axes.plot(means.keys(), means.values(), label=f"{kind.upper()}, {setting}", **style)
-        axes.set(title=title, xlabel="time steps T", ylabel="top-1 accuracy (%)", xticks=STEPS)
+        axes.set(title=title, xlabel="time steps T", ylabel="top-1 accuracy (%)", xticks=STEPS, ylim=(0, 100))
     for way in ("quantile", "error", "auto"):
         top1 = {T: of_seeds(found, "convert", "if", T, way, "top1") for T in (4, 8, 16, 32)}
         points = {T: of[0] for T, of in top1.items() if of}
