@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Subset
 from cifar import program as cifar
 from cifar.predict import load_network
 from imagenet import main as imagenet
-from models import create_model, list_models
+from models import create_model
+from models.registry import NETWORKS
 from utils import checkpoint, curves, foreign, pretrained, report, results
 from utils.calibration import load_thresholds
 from utils.cli import Parser, choose_device, explained, number, refuse, require, run_program
@@ -140,14 +141,14 @@ def report_checkpoint(options):
     settings = content.get("args")
     known = isinstance(settings, dict) and "model" in settings
     require(known, f"{file} does not hold the settings of its run (args), which a report needs")
-    program = cifar if settings["model"] in cifar.INPUTS else imagenet
+    program = cifar if settings["model"] in cifar.MODELS else imagenet
     args = program.get_parser().parse([])
     vars(args).update(settings, compile=False, sync_bn=False)
-    network, _, kind = args.model.rpartition("_")
-    ann = network.replace("_snn", "_ann") if program is imagenet else f"{network}_ann"
+    require(args.model in NETWORKS, f"{file} is of {args.model}, which is no model of this repository")
+    entry = NETWORKS[args.model]
     spiking = f"{file} is of {args.model}, an ANN; give a checkpoint of an _if or _lif model"
-    require(kind in ("if", "lif"), spiking)
-    require(not options.ann or ann in list_models(), f"--ann: there is no {ann}")
+    require(entry.kind != "ann", spiking)
+    require(not options.ann or entry.ann, f"--ann: there is no ANN of the shape of {args.model}")
     require(options.ann or not options.thresholds, "--thresholds needs the weights of an ANN: --ann FILE")
     args.path, device = options.path or args.path, choose_device(options.device)
 
@@ -173,7 +174,7 @@ def report_checkpoint(options):
         source = checkpoint.find(options.ann, file.parent)
         thresholds = options.thresholds and checkpoint.find(options.thresholds, file.parent)
         converted = [of(T, source=source, thresholds=thresholds) for T in steps] if thresholds else []
-        chain = of(1, ann, source).accuracy, converted
+        chain = of(1, entry.ann, source).accuracy, converted
     trained_on = getattr(args, "trained_on", f"{args.dataset} from {args.path}")
     text = f"{file.name}: {args.model}, {content.get('epoch')} epochs on {trained_on}. "
     text += f"Measured on {measured[0].images} test images, {results.hardware(options.device)}."

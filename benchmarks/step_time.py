@@ -68,26 +68,23 @@ class Peer(nn.Module):
 
 def build(variant, args, timesteps):
     """The network of a variant."""
-    imagenet = args.model.startswith("preresnet_snn.")
-    settings = registry.IMAGENET_SETTINGS if imagenet else registry.CIFAR_SETTINGS
+    entry = registry.NETWORKS[args.model]
     neurons = {name: value for name in NEURONS if (value := getattr(args, name)) is not None}
-    settings = settings | neurons | dict(timesteps=timesteps)
-    family, kind = args.model.rsplit("_", 1)
+    settings = entry.defaults | neurons | dict(timesteps=timesteps, dropout=0.0)
     torch.manual_seed(0)
     if variant.startswith("ann"):
-        name = family.replace("_snn", "_ann") if imagenet else family + "_ann"
-        return create_model(name, num_classes=settings["num_classes"]).to(args.device)
+        return create_model(entry.ann, num_classes=settings["num_classes"]).to(args.device)
     if variant.startswith("peer"):
-        network, _ = registry.NETWORKS[args.model]
-        del settings["num_classes"]
-        model = network(activation=partial(Peer, kind, settings), num_classes=10, dropout=0.0)
+        for name in ("num_classes", "dropout"):
+            del settings[name]
+        model = entry.build(activation=partial(Peer, entry.kind, settings), num_classes=10, dropout=0.0)
         model.backward = "unrolled"
         return model.to(args.device)
     backward = (
         "rate" if variant.startswith("rate") else "unrolled" if variant.startswith("un") else "collapsed"
     )
     engine = "events" if variant.endswith("events") else "dense"
-    model = create_model(args.model, **settings, dropout=0.0, backward=backward, engine=engine)
+    model = create_model(args.model, **settings, backward=backward, engine=engine)
     if args.weights:
         state = torch.load(args.weights, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict(state)
@@ -100,7 +97,9 @@ def build(variant, args, timesteps):
 def step(variant, args, timesteps, model=None):
     """A function that does one training step (or a forward pass, with --inference) of the variant."""
     torch.manual_seed(1)
-    shape = (timesteps, 2, 48, 48) if args.model.startswith("vgg") else (3, args.image_size, args.image_size)
+    entry = registry.NETWORKS[args.model]
+    frames = entry.inputs == "event frames"
+    shape = (timesteps, *entry.shape) if frames else (3, args.image_size, args.image_size)
     x = torch.randn(args.batch, *shape, device=args.device)
     if args.images:
         x = pictures(args.images, args.batch, args.image_size).to(args.device)
@@ -168,7 +167,7 @@ def print_firing_rates(args, timesteps):
 def floor(args, timesteps, x):
     """The convolutions of all steps (the stem's of one, if the image is static), channels_last."""
     model, calls = create_model(args.model, timesteps=timesteps, dropout=0.0, backward="unrolled"), []
-    first = model.layer1[0] if args.model.startswith("vgg") else model.conv1
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
 
     def record(conv, inputs, output):
         rows = args.batch if conv is first and x.dim() == 4 else timesteps * args.batch
@@ -306,7 +305,7 @@ def main(argv=None):
     if args.peak:
         print_peak(args.peak, args)
         return
-    variants = [v for v in args.variants if not (v == "ann" and args.model.startswith("vgg"))]
+    variants = [v for v in args.variants if v != "ann" or registry.NETWORKS[args.model].ann]
     if "peer" in variants:
         try:
             import spikingjelly.activation_based.neuron  # noqa: F401

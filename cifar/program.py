@@ -5,7 +5,7 @@ from pathlib import Path
 from models import create_model, fit_thresholds, list_models
 from models.engines import ENGINES
 from models.layers import BACKWARDS
-from models.registry import CIFAR_SETTINGS
+from models.registry import NETWORKS
 from utils import distributed
 from utils.cli import Parser, choose_device, read_presets, require
 from utils.data import DATASETS
@@ -14,10 +14,7 @@ from utils.records import RunFiles
 
 SCRIPT, SEED_FLAG = "cifar/main_single_gpu.py", "--manualSeed"
 ROWS, OTHERS = read_presets(Path(__file__).with_name("presets.md"))
-# What each network takes, in the words of the data sets.
-IMAGES, FRAMES = ("images", (3, 32, 32)), ("event frames", (2, 48, 48))
-INPUTS = {name: IMAGES for name in list_models() if name.startswith("preresnet.")}
-INPUTS |= {name: FRAMES for name in list_models() if name.startswith("vgg.")}
+MODELS = list_models("cifar")
 
 
 def get_parser(description="", lr=0.1, processes=False):
@@ -32,9 +29,9 @@ def get_parser(description="", lr=0.1, processes=False):
         add("--local_rank", "--local-rank", type=int, may_change=True, help="set by the launcher")
     defaults = dict(dataset="cifar10", path="./data", train_batch=128, test_batch=50, epochs=200, lr=lr)
     defaults |= dict(warmup=400, weight_decay=5e-4, optimizer="sgd", model="preresnet.resnet18_if")
-    names = dict(models=INPUTS, model_flags=["--model"], seed_flag=SEED_FLAG)
+    names = dict(models=MODELS, model_flags=["--model"], seed_flag=SEED_FLAG)
     names |= dict(backwards=BACKWARDS, engines=ENGINES)
-    add_flags(parser, **names, neurons=CIFAR_SETTINGS, **defaults)
+    add_flags(parser, **names, neurons=NETWORKS[defaults["model"]].defaults, **defaults)
     return parser
 
 
@@ -51,8 +48,9 @@ def main(argv=None, description="", lr=0.1, processes=False):
     if processes:
         del args.local_rank  # the environment holds it as well
         device = distributed.join(device)
-    source, takes = DATASETS[args.dataset], INPUTS[args.model]
-    fit = f"--model {args.model} takes {takes[0]} of {takes[1]}, --dataset {args.dataset} holds"
-    require(takes == (source.inputs, source.shape), f"{fit} {source.inputs} of {source.shape}; choose others")
+    source, takes = DATASETS[args.dataset], NETWORKS[args.model]
+    fit = f"--model {args.model} takes {takes.inputs} of {takes.shape}, --dataset {args.dataset} holds"
+    same = (takes.inputs, takes.shape) == (source.inputs, source.shape)
+    require(same, f"{fit} {source.inputs} of {source.shape}; choose others")
     own = dict(create_model=create_model, fit_thresholds=fit_thresholds)
     run(args, files=run_files(args), device=device, fixed=parser.fixed, **own)

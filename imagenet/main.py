@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 from models import IFNeuron, LIFNeuron, create_model, fit_thresholds, list_models
 from models.engines import ENGINES
 from models.layers import BACKWARDS
-from models.registry import IMAGENET_SETTINGS
+from models.registry import NETWORKS
 from models.thresholds import fit_to_activations
 from utils import checkpoint, distributed, foreign
 from utils.calibration import calibrate, load_thresholds
@@ -37,7 +37,7 @@ from utils.statistics import threshold_name
 
 SCRIPT, SEED_FLAG = "imagenet/main.py", "--seed"
 (ROWS,) = read_presets(Path(__file__).with_name("presets.md"))
-INPUTS = {name: ("images", (3, 224, 224)) for name in list_models() if name.startswith("preresnet_")}
+MODELS = list_models("imagenet")
 # How the processes of a run were started; some of these flags differ between them.
 LAUNCHING = ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "local_rank", "dist_url")
 
@@ -74,9 +74,9 @@ def get_parser():
     defaults = dict(path="./data/imagenet", model="preresnet_snn.resnet18_if", train_batch=144, epochs=90)
     defaults |= dict(lr=0.001, warmup=5000, warmup_within_first_epoch=True, weight_decay=0.0)
     defaults |= dict(optimizer="adam", save_every=1000, print_freq=1000, dataset="imagenet")
-    names = dict(models=INPUTS, model_flags=["-a", "--arch"], seed_flag=SEED_FLAG)
+    names = dict(models=MODELS, model_flags=["-a", "--arch"], seed_flag=SEED_FLAG)
     names |= dict(backwards=BACKWARDS, engines=ENGINES)
-    add_flags(parser, **names, neurons=IMAGENET_SETTINGS, **defaults)
+    add_flags(parser, **names, neurons=NETWORKS[defaults["model"]].defaults, **defaults)
     return parser
 
 
@@ -155,7 +155,7 @@ def calculate_thresholds(args, folder, device):
     """Write the thresholds of an ANN's activations, and print them."""
     require(args.pre_train, "--calculate_Vth needs the weights of an ANN: --pre_train FILE")
     fit = f"--calculate_Vth needs an ANN: --arch preresnet_cal_Vth.*, not {args.model}"
-    require(not args.model.endswith(("_if", "_lif")), fit)
+    require(NETWORKS[args.model].kind == "ann", fit)
     require("/" not in args.calculate_Vth, f"--calculate_Vth {args.calculate_Vth} must not contain a slash")
     data, path = load(args), checkpoint.find(args.pre_train, folder)
     print(f"data: imagenet, {data}")

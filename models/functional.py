@@ -36,14 +36,14 @@ def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
 
 
 @torch.no_grad()
-def fire(currents, Vth, alpha, lam=1.0, kappa=1.0):
+def fire(currents, Vth, alpha, lam=1.0, kappa=1.0, dynamics=membrane):
     """IF: U = V + x_t. LIF: U = lam*V + kappa*x_t with (lam, kappa) = `leak(tau, delta_t)`.
 
     Fire where U >= alpha*Vth; V = U - Vth*s. Returns s, 0 and 1, shape (T, B, ...).
     """
     spikes = torch.empty_like(currents)
     scale, shift = currents.new_full((), kappa), currents.new_zeros(())
-    membrane(currents, spikes, Vth, alpha * Vth, lam, scale, shift)
+    dynamics(currents, spikes, Vth, alpha * Vth, lam, scale, shift)
     return spikes
 
 
@@ -127,9 +127,9 @@ class Read(torch.autograd.Function):
 class DSR(torch.autograd.Function):
     """Spikes in the forward pass, the derivative of the map on representations in the backward (section 4).
 
-    currents (T, B, ...) -> spikes (T, B, ...) by `neuron.fire`. With r the representation of the currents, G
-    that of the incoming gradient, every step of the currents receives `neuron.gain` * G where the clamp
-    passes r, else 0, and Vth receives `neuron.Vth_gain` * sum of G over the elements whose r lies above the
+    currents (T, B, ...) -> spikes (T, B, ...) by `neuron.fire`. With r the representation of the currents, g
+    that of the incoming gradient, every step of the currents receives G = `neuron.gain` * g where the clamp
+    passes r, else 0, and Vth receives `neuron.Vth_gain` * sum of g over the elements whose r lies above the
     clamp.
     """
 
@@ -143,7 +143,7 @@ class DSR(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_spikes):
         neuron, (inside, above) = ctx.neuron, ctx.saved_tensors
-        grad = neuron.representation(grad_spikes)
-        grad_currents = (grad * inside * neuron.gain).expand_as(grad_spikes)
-        grad_Vth = neuron.Vth_gain * (grad * above).sum() if ctx.needs_input_grad[1] else None
-        return grad_currents, grad_Vth, None
+        g = neuron.representation(grad_spikes)
+        G = g * inside * neuron.gain
+        grad_Vth = neuron.Vth_gain * (g * above).sum() if ctx.needs_input_grad[1] else None
+        return G.expand_as(grad_spikes), grad_Vth, None

@@ -16,7 +16,7 @@ from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
 from models.functional import Read
 from models.synchronized import synchronize
-from models.trains import SpikeTrain
+from models.trains import SpikeTrain, is_shared
 
 BACKWARDS = ("collapsed", "unrolled", "rate")
 
@@ -37,7 +37,7 @@ def spiking_layer(branches, bn, neuron):
 
 
 class SpikingNetwork(nn.Module):
-    """Images (B, 3, H, W), or event frames (B, T, 2, H, W), to logits (B, classes).
+    """Vectors (B, F), images (B, C, H, W) or event frames (B, T, ...) of either to logits (B, classes).
 
     A subclass defines `spike`, from the input's train to the last layer's, and `last_neuron`, which decodes
     it. backward: "collapsed" (exact, see `collapsed`), "unrolled" (the same, literally) or "rate" (an
@@ -84,17 +84,19 @@ class SpikingNetwork(nn.Module):
         return choose_engine(self.engine, device.type, dtype)
 
     def encode(self, x):
-        """Static images repeat T times; event frames give one frame a step. -> train of (T*B, ...)."""
-        T, static = self.timesteps, x.dim() == 4
-        if not static and (x.dim() != 5 or x.shape[1] != T):
-            expected = f"images (B, 3, H, W) or event frames (B, {T}, 2, H, W)"
+        """Inputs that stay, (B, F) or (B, C, H, W), repeat T times; (B, T, ...) are one a step. -> train."""
+        T, static = self.timesteps, x.dim() in (2, 4)
+        if not static and (x.dim() not in (3, 5) or x.shape[1] != T):
+            frames = f"event frames (B, {T}, F) or (B, {T}, C, H, W)"
+            expected = f"vectors (B, F), images (B, C, H, W), or {frames}"
             raise ValueError(f"the network takes {expected}, not a tensor of shape {tuple(x.shape)}")
+        steps = x if static else x.transpose(0, 1).flatten(0, 1)
         if not self.collapsible(x):
-            return SpikeTrain(x.repeat(T, 1, 1, 1) if static else x.transpose(0, 1).flatten(0, 1), T)
+            return SpikeTrain(steps.repeat(T, *[1] * (x.dim() - 1)) if static else steps, T)
         mean = x if static else x.mean(1)
-        frames = x if static else x.transpose(0, 1).flatten(0, 1)
-        frames = Spikes(frames.contiguous(memory_format=torch.channels_last))
+        layout = torch.channels_last if steps.dim() == 4 else torch.contiguous_format
         engine, _ = self.engine_in_use(x.device)
+        frames = Spikes(steps.contiguous(memory_format=layout))
         return SpikeTrain(frames, T, self.backward, engine, None, mean, mean, static)
 
     def collapsible(self, x):
@@ -102,7 +104,7 @@ class SpikingNetwork(nn.Module):
         if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
             return False
         drops = [m for m in self.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
-        if all(getattr(dropout, "shared", False) for dropout in drops):
+        if all(map(is_shared, drops)):
             return True
         warnings.warn("dropout with a mask a time step: the backward pass unrolls time", stacklevel=2)
         return False

@@ -10,6 +10,9 @@ from torch.utils.hooks import RemovableHandle
 from models import functional
 from models.engines.dense import Spikes
 
+# The published ones of the CIFAR programs, and of a layer that is told nothing else.
+DEFAULTS = dict(timesteps=20, Vth=0.3, tau=1.0, delta_t=0.05, alpha=0.3, Vth_bound=0.0005)
+
 
 class Neuron(nn.Module):
     """What neuron layers share: the threshold, its lower bound, and the time-major layout.
@@ -18,16 +21,30 @@ class Neuron(nn.Module):
     Vth_bound: lower bound of Vth. train_Vth: a parameter, or else a buffer. Vth_grad_scale: factor of the
     gradient of Vth. Raises ValueError for settings out of range.
 
-    A subclass states its constants: `leak`, the factors of V and x_t in U; `weights`, those of its
-    representation, T numbers that sum up to 1 (None: all alike); `amplitude`, the value of a spike; and its
-    map on representations, x -> clamp(gain*x, 0, gain*ceiling): `gain`, `ceiling`, `closed` (whether the
-    gradient passes at both ends), and `Vth_gain`, that of the threshold. `dynamics` is the loop over time.
+    A subclass states what differs from IF (docs/own_network.md has a whole one):
+    time_constants: the names of its own settings. leak: the factors of V and x_t in U. weights: those of its
+    representation, T numbers that sum up to 1 (None: all alike). unit: a spike has the value Vth/unit.
+    gain: of its map on representations, x -> clamp(gain*x, 0, gain*ceiling). ceiling: where the spikes that
+    come at every step leave off. closed: whether the gradient passes at both ends. Vth_gain: factor of the
+    threshold's gradient. dynamics: the loop over time, `functional.membrane` or one with its arguments.
     """
 
+    time_constants = ()
+    leak = 1.0, 1.0
+    weights = None
+    unit = gain = 1.0
+    closed = True
     dynamics = staticmethod(functional.membrane)
 
     def __init__(
-        self, *, timesteps=20, Vth=0.3, alpha=0.3, Vth_bound=0.0005, train_Vth=True, Vth_grad_scale=1.0
+        self,
+        *,
+        timesteps=DEFAULTS["timesteps"],
+        Vth=DEFAULTS["Vth"],
+        alpha=DEFAULTS["alpha"],
+        Vth_bound=DEFAULTS["Vth_bound"],
+        train_Vth=True,
+        Vth_grad_scale=1.0,
     ):
         super().__init__()
         check_settings(timesteps=timesteps, Vth=Vth, alpha=alpha, Vth_bound=Vth_bound)
@@ -39,6 +56,19 @@ class Neuron(nn.Module):
         else:
             self.register_buffer("Vth", torch.tensor(float(Vth)))
             self.register_load_state_dict_pre_hook(_keep_fixed_threshold)
+
+    @property
+    def amplitude(self):
+        """The value of a spike: the representation of spikes at every step."""
+        return self.Vth / self.unit
+
+    @property
+    def ceiling(self):
+        return self.Vth * (1 / (self.gain * self.unit))
+
+    @property
+    def Vth_gain(self):
+        return self.Vth_grad_scale * self.unit * self.timesteps
 
     def forward(self, currents):
         """Currents (T*B, ...), row t*B+b -> spikes of that shape; ValueError unless T divides the rows."""
@@ -71,7 +101,8 @@ class Neuron(nn.Module):
 
     def fire(self, currents):
         """Currents (T, B, ...) -> spikes of that shape, amplitude included."""
-        return functional.fire(currents, self.Vth, self.alpha, *self.leak).mul_(self.amplitude.detach())
+        spikes = functional.fire(currents, self.Vth, self.alpha, *self.leak, self.dynamics)
+        return spikes.mul_(self.amplitude.detach())
 
     def project_threshold(self):
         """Vth <- max(Vth, Vth_bound), on the parameter: a clamp in the graph would kill its gradient."""
@@ -97,7 +128,8 @@ class Neuron(nn.Module):
         return math.fsum(w * w for w in self.weights) if self.weights else 1 / self.timesteps
 
     def extra_repr(self):
-        return f"timesteps={self.timesteps}, alpha={self.alpha}, Vth_bound={self.Vth_bound}"
+        names = ("timesteps", "alpha", "Vth_bound", *self.time_constants)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class IFNeuron(Neuron):
@@ -105,25 +137,8 @@ class IFNeuron(Neuron):
 
     Representations: rate(out) ~ clamp(rate(x), 0, Vth). Its gradient passes where 0 <= rate(x) <= Vth, and
     grad Vth = Vth_grad_scale * T * sum of the time-mean gradient where rate(x) > Vth (section 4.1).
-    For the settings see `Neuron`.
+    For the settings see `Neuron`, whose constants are its own.
     """
-
-    gain = 1.0
-    leak = 1.0, 1.0
-    weights = None
-    closed = True
-
-    @property
-    def amplitude(self):
-        return self.Vth
-
-    @property
-    def ceiling(self):
-        return self.Vth
-
-    @property
-    def Vth_gain(self):
-        return self.Vth_grad_scale * self.timesteps
 
 
 class LIFNeuron(Neuron):
@@ -136,9 +151,10 @@ class LIFNeuron(Neuron):
     `Neuron`: tau, time constant of the membrane, and delta_t, length of a time step, in one unit of time.
     """
 
+    time_constants = ("tau", "delta_t")
     closed = False
 
-    def __init__(self, *, tau=1.0, delta_t=0.05, **settings):
+    def __init__(self, *, tau=DEFAULTS["tau"], delta_t=DEFAULTS["delta_t"], **settings):
         super().__init__(**settings)
         check_settings(tau=tau, delta_t=delta_t)
         self.tau, self.delta_t = tau, delta_t
@@ -152,23 +168,12 @@ class LIFNeuron(Neuron):
         return functional.decay_weights(self.timesteps, self.tau, self.delta_t)
 
     @property
-    def amplitude(self):
-        return self.Vth / self.delta_t
-
-    @property
-    def ceiling(self):
-        return self.Vth * (self.tau / self.delta_t)
+    def unit(self):
+        return self.delta_t
 
     @property
     def gain(self):
         return 1 / self.tau
-
-    @property
-    def Vth_gain(self):
-        return self.Vth_grad_scale * self.delta_t * self.timesteps
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, tau={self.tau}, delta_t={self.delta_t}"
 
 
 class ReLU(nn.ReLU):

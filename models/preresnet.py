@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.layers import SpikingNetwork, spiking_layer
-from models.trains import SpikeTrain
+from models.trains import Dropout, SpikeTrain
 
 
 class BasicBlock(nn.Module):
@@ -19,7 +19,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
         self.shortcut = make_shortcut(in_channels, channels, stride)
         self.relu1, self.relu2 = activation(), activation()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, branches):
         first = spiking_layer(branches, self.bn1, self.relu1)
@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(channels, out_channels, 1)
         self.shortcut = make_shortcut(in_channels, out_channels, stride)
         self.relu1, self.relu2, self.relu3 = activation(), activation(), activation()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, branches):
         first = spiking_layer(branches, self.bn1, self.relu1)
@@ -80,7 +80,7 @@ class PreActResNet(SpikingNetwork):
         self.stages = len(depths)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.pool = nn.AvgPool2d(32 >> (len(depths) - 1))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(in_channels, num_classes)
         self.bn2 = nn.BatchNorm1d(num_classes)
         self.relu1, self.relu2, self.relu3 = activation(), activation(), activation()

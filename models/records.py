@@ -1,6 +1,6 @@
 """What a collapsed layer (`models.collapsed`) keeps between its forward and its backward pass."""
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -97,13 +97,12 @@ def unstow(ctx):
 
 def replaced(record, kind, function):
     """A copy of the record, and of those in it, with function(leaf) for each leaf of this kind."""
-    twin = object.__new__(type(record))
-    for name, value in vars(record).items():
+
+    def of(value):
         if isinstance(value, kind):
-            value = function(value)
-        elif is_dataclass(value):
-            value = replaced(value, kind, function)
-        elif isinstance(value, list):
-            value = [replaced(item, kind, function) for item in value]
-        twin.__dict__[name] = value
-    return twin
+            return function(value)
+        if isinstance(value, list):
+            return [of(item) for item in value]
+        return replaced(value, kind, function) if is_dataclass(value) else value
+
+    return replace(record, **{name: of(value) for name, value in vars(record).items()})

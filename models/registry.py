@@ -1,22 +1,20 @@
 """Networks by their published names: `create_model("preresnet.resnet18_lif", num_classes=10)`."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import nn
 
-from models.neurons import IFNeuron, LIFNeuron, ReLU
+from models.neurons import DEFAULTS, IFNeuron, LIFNeuron, ReLU
 from models.preresnet import BasicBlock, Bottleneck, PreActResNet
 from models.preresnet_imagenet import ImageNetPreActResNet, basic, bottleneck
+from models.trains import Dropout
 from models.vgg import STAGES, VGG
 
-# The settings that the program of a network starts from.
-CIFAR_SETTINGS = dict(
-    num_classes=10, timesteps=20, Vth=0.3, tau=1.0, delta_t=0.05, alpha=0.3, Vth_bound=0.0005
-)
-IMAGENET_SETTINGS = dict(
-    num_classes=1000, timesteps=50, Vth=6.0, tau=1.0, delta_t=0.05, alpha=0.5, Vth_bound=0.01
-)
+KINDS = {"if": IFNeuron, "lif": LIFNeuron, "ann": ReLU}
+CIFAR = DEFAULTS | dict(num_classes=10, dropout=0.0, Vth_grad_scale=1.0)
+IMAGENET = CIFAR | dict(num_classes=1000, timesteps=50, Vth=6.0, alpha=0.5, Vth_bound=0.01)
 
 WIDE = {
     "resnet18": partial(PreActResNet, BasicBlock, [2, 2, 2, 2], [64, 128, 256, 512]),
@@ -27,37 +25,61 @@ NARROW = {
     f"resnet{depth}": partial(PreActResNet, BasicBlock, [(depth - 2) // 6] * 3, [16, 32, 64])
     for depth in (20, 32, 44, 56, 110)
 }
-EVENT = {f"vgg{depth}": partial(VGG, depth) for depth in STAGES}
-IMAGENET = {
+LARGE = {
     "resnet18": partial(ImageNetPreActResNet, basic, [2, 2, 2, 2]),
     "resnet34": partial(ImageNetPreActResNet, basic, [3, 4, 6, 3]),
     "resnet50": partial(ImageNetPreActResNet, bottleneck, [3, 4, 6, 3]),
 }
 
-# name -> (network, kind of its activations)
-NETWORKS = {
-    **{
-        f"preresnet.{n}_{kind}": (net, kind)
-        for n, net in (WIDE | NARROW).items()
-        for kind in ("if", "lif", "ann")
-    },
-    **{f"vgg.{n}_{kind}": (net, kind) for n, net in EVENT.items() for kind in ("if", "lif")},
-    **{
-        f"preresnet_snn.{n}_{kind}": (partial(net, norms_last=True), kind)
-        for n, net in IMAGENET.items()
-        for kind in ("if", "lif")
-    },
-    **{  # an ANN twice, and ResNet-50 under a second published name
-        f"{family}.{n}": (partial(net, norms_last=False), "ann")
-        for family in ("preresnet_ann", "preresnet_cal_Vth")
-        for n, net in (IMAGENET | {"preresnet50": IMAGENET["resnet50"]}).items()
-    },
-}
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a network: all that programs decide by.
+
+    build(activation=, num_classes=, dropout=) makes it. kind: of its activations, see `KINDS`. program: the
+    one that trains it. inputs, shape: what it takes, in the words of the data sets, and the size of one.
+    ann: the name of the ANN of the same shape, if there is one. defaults: of `create_model`'s settings.
+    """
+
+    build: Callable
+    kind: str
+    program: str = "cifar"
+    inputs: str = "images"
+    shape: tuple = (3, 32, 32)
+    ann: str | None = None
+    defaults: dict = field(default_factory=lambda: CIFAR)
 
 
-def list_models():
-    """The names that `create_model` knows, sorted."""
-    return sorted(NETWORKS)
+def published():
+    """Name -> Entry of every network."""
+    found = {}
+    for name, build in (WIDE | NARROW).items():
+        for kind in KINDS:
+            found[f"preresnet.{name}_{kind}"] = Entry(build, kind, ann=f"preresnet.{name}_ann")
+    frames = dict(inputs="event frames", shape=(2, 48, 48), defaults=CIFAR | dict(dropout=0.1))
+    for depth in STAGES:
+        for kind in ("if", "lif"):
+            found[f"vgg.vgg{depth}_{kind}"] = Entry(partial(VGG, depth), kind, **frames)
+    large = dict(program="imagenet", shape=(3, 224, 224))
+    for name, build in LARGE.items():
+        for kind, scale in (("if", 0.001), ("lif", 1.0)):
+            defaults, ann = IMAGENET | dict(Vth_grad_scale=scale), f"preresnet_ann.{name}"
+            snn = partial(build, norms_last=True)
+            found[f"preresnet_snn.{name}_{kind}"] = Entry(snn, kind, ann=ann, defaults=defaults, **large)
+    for name, build in (LARGE | {"preresnet50": LARGE["resnet50"]}).items():  # under two published names
+        for family in ("preresnet_ann", "preresnet_cal_Vth"):
+            ann = f"preresnet_ann.{name}"
+            build_ann = partial(build, norms_last=False)
+            found[f"{family}.{name}"] = Entry(build_ann, "ann", ann=ann, defaults=IMAGENET, **large)
+    return found
+
+
+NETWORKS = published()
+
+
+def list_models(program=None):
+    """The names that `create_model` knows, sorted: all, or those that "cifar" or "imagenet" trains."""
+    return sorted(name for name, entry in NETWORKS.items() if program in (None, entry.program))
 
 
 def create_model(
@@ -90,30 +112,24 @@ def create_model(
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(list_models())}")
     if dropout_mask not in ("step", "shared"):
         raise ValueError(f"unknown dropout_mask {dropout_mask!r}; choose from: step, shared")
-    network, kind = NETWORKS[name]
+    entry = NETWORKS[name]
     given = dict(timesteps=timesteps, Vth=Vth, tau=tau, delta_t=delta_t, alpha=alpha, Vth_bound=Vth_bound)
-    given = {key: value for key, value in dict(given, num_classes=num_classes).items() if value is not None}
-    settings = (CIFAR_SETTINGS if name.startswith(("preresnet.", "vgg.")) else IMAGENET_SETTINGS) | given
-    classes = settings.pop("num_classes")
-    if dropout is None:
-        dropout = 0.1 if name.startswith("vgg.") else 0.0
-    if Vth_grad_scale is None:
-        Vth_grad_scale = 0.001 if name.startswith("preresnet_snn.") and kind == "if" else 1.0
-    settings.update(train_Vth=train_Vth, Vth_grad_scale=Vth_grad_scale)
-    model = network(activation=activation_factory(kind, settings), num_classes=classes, dropout=dropout)
-    model.backward, model.engine = "unrolled" if kind == "ann" else backward, engine
+    given |= dict(num_classes=num_classes, dropout=dropout, Vth_grad_scale=Vth_grad_scale)
+    settings = entry.defaults | {key: value for key, value in given.items() if value is not None}
+    sizes = {key: settings.pop(key) for key in ("num_classes", "dropout")}
+    settings["train_Vth"] = train_Vth
+    model = entry.build(activation=activation_factory(entry.kind, settings), **sizes)
+    model.backward, model.engine = "unrolled" if entry.kind == "ann" else backward, engine
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, Dropout):
             module.shared = dropout_mask == "shared"
     return model if model.backward == "unrolled" else model.to(memory_format=torch.channels_last)
 
 
 def activation_factory(kind, settings):
-    """A function that makes one activation: "if" and "lif" neuron layers with `settings`, "ann" a ReLU."""
+    """A function that makes one activation of the kind, with those of the `settings` that it has."""
+    activation = KINDS[kind]
     if kind == "ann":
-        return ReLU
-    if kind == "lif":
-        return partial(LIFNeuron, **settings)
-    return partial(
-        IFNeuron, **{key: value for key, value in settings.items() if key not in ("tau", "delta_t")}
-    )
+        return activation
+    foreign = {"tau", "delta_t"} - set(activation.time_constants)
+    return partial(activation, **{key: value for key, value in settings.items() if key not in foreign})

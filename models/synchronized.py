@@ -63,8 +63,9 @@ def synchronize(module):
     """Put a SynchronizedBatchNorm in the place of every batch norm inside `module`, with its parameters."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            twin = SynchronizedBatchNorm(child.num_features)
-            twin.__dict__.update(child.__dict__)
+            twin = SynchronizedBatchNorm(child.num_features, child.eps, child.momentum).train(child.training)
+            for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(twin, part, getattr(child, part))
             setattr(module, name, twin)
         else:
             synchronize(child)

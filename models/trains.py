@@ -3,9 +3,22 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from models.engines.dense import Spikes
 from models.functional import Read
+
+AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+AVERAGES += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+LINEAR = (*AVERAGES, nn.Flatten, nn.Unflatten, nn.Identity)  # and without parameters: `map` takes them unseen
+
+
+class Dropout(nn.Dropout):
+    """Dropout of a spike train: a mask for each time step, as published, or one `shared` by all of them."""
+
+    def __init__(self, p=0.5, shared=False):
+        super().__init__(p)
+        self.shared = shared
 
 
 @dataclass
@@ -47,7 +60,17 @@ class SpikeTrain:
         return Read.apply(self.mean, self.representation, 1 / self.timesteps)
 
     def map(self, function):
-        """The same train after a linear map that acts on every time step alike."""
+        """The same train after a linear map that acts on every time step alike, as an average pool does.
+
+        Where time is not unrolled, raises ValueError for a function that does not commute with the mean over
+        time (a max pool, a LayerNorm), and for one with parameters, which belongs into a branch.
+        """
+        if not (self.unrolled or self.static or self.mean is None or isinstance(function, LINEAR)):
+            check_linear(function, self.mean)
+        return self.at_every_step(function)
+
+    def at_every_step(self, function):
+        """`map`, unchecked."""
         if self.unrolled:
             return replace(self, spikes=function(self.spikes))
         with torch.no_grad():
@@ -64,12 +87,35 @@ class SpikeTrain:
         return replace(self, spikes=spikes, amplitude=None, mean=mean, representation=representation)
 
     def drop(self, dropout):
-        """After dropout, with a mask for each time step or, if `dropout.shared`, one for all."""
+        """After dropout, with a mask for each time step or, from a `Dropout` that says so, one for all."""
         if not (dropout.training and dropout.p):
             return self
-        if not getattr(dropout, "shared", False):
-            return self.map(dropout)
+        if not is_shared(dropout):
+            return self.at_every_step(dropout)
         values = self.values()
         shape = len(values) // (1 if self.static else self.timesteps), *values.shape[1:]
         mask = dropout(torch.ones(shape, device=values.device))
-        return self.map(lambda x: (x.unflatten(0, (-1, len(mask))) * mask).flatten(0, 1))
+        return self.at_every_step(lambda x: (x.unflatten(0, (-1, len(mask))) * mask).flatten(0, 1))
+
+
+def is_shared(dropout):
+    """Whether all time steps share a mask."""
+    return isinstance(dropout, Dropout) and dropout.shared
+
+
+def check_linear(function, like):
+    """Raise ValueError unless f(a + b) + f(0) = f(a) + f(b) for normal a and b of the shape of `like`.
+
+    So an offset may stand beside a linear map: it, too, is the same for sequence, mean and representation.
+    The numbers come from a generator of their own, so that a run stays what it is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(like.shape, generator=generator).to(like) for _ in range(2))
+    with torch.autocast(like.device.type, enabled=False):
+        at_a, at_b, at_sum, at_zero = (function(x) for x in (a, b, a + b, torch.zeros_like(a)))
+    if at_a.requires_grad:
+        raise ValueError(f"`map` trains no parameters: make {function} a branch of a spiking_layer")
+    error, size = (at_sum + at_zero - at_a - at_b).abs().max(), (at_a.abs() + at_b.abs()).max()
+    if not error <= 1e-4 * size:
+        hint = 'use a linear map, as an average pool is, or backward = "unrolled"'
+        raise ValueError(f"{function} is not linear, so the backward pass has to unroll time: {hint}")

@@ -3,6 +3,7 @@
 from torch import nn
 
 from models.layers import SpikingNetwork, spiking_layer
+from models.trains import Dropout
 
 # Channels of the convolutions of each stage; an average pool halves the frame after every stage.
 STAGES = {
@@ -27,7 +28,7 @@ class VGG(SpikingNetwork):
             modules = []
             for channels in widths:
                 conv = nn.Conv2d(in_channels, channels, 3, padding=1)
-                modules += [conv, nn.BatchNorm2d(channels), activation(), nn.Dropout(dropout)]
+                modules += [conv, nn.BatchNorm2d(channels), activation(), Dropout(dropout)]
                 in_channels = channels
             setattr(self, f"layer{stage}", nn.Sequential(*modules, nn.AvgPool2d(2)))
         self.avgpool = nn.AdaptiveAvgPool2d(7)
@@ -45,21 +46,13 @@ class VGG(SpikingNetwork):
         return self.classifier[-1]
 
     def spike(self, train):
-        stages = [
-            self.layer1,
-            self.layer2,
-            self.layer3,
-            self.layer4,
-            self.layer5,
-            [self.avgpool],
-            self.classifier,
-        ]
-        modules = iter([module for stage in stages for module in stage])
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4, self.layer5]
+        modules = iter([module for stage in (*stages, [self.avgpool], self.classifier) for module in stage])
         for module in modules:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 bn, neuron = next(modules), next(modules)
                 train = spiking_layer([(module, train)], bn, neuron)
-            elif isinstance(module, nn.Dropout):
+            elif isinstance(module, Dropout):
                 train = train.drop(module)
             else:
                 train = train.map(module)
