@@ -45,91 +45,80 @@ class LayerFit:
     alive: bool
 
 
-@torch.no_grad()
 def fit_thresholds(model, batches, *, apply=True, samples=2**16, seed=0):
     """Start every neuron layer of `model` at the threshold that fits its currents; -> layer -> LayerFit.
 
     Of all Vth of at least Vth_bound that make the layer fire, the one with the least mean square of
-    representation(spikes(Vth)) - relu(representation(currents)), the latter divided by tau for LIF: over a
-    sample of `samples` elements, drawn by `seed`. Thresholds whose spikes tell the elements apart much worse
-    than others do are left out: behind a pool, where all currents are positive, the least error can be spikes
-    that always come, which tell the next layer as little as silence. Each batch passes forward once, and in
-    it each layer sees the spikes that the layers before it emit with their new thresholds; with several
-    batches a layer fits all that it has met so far. A layer that no such threshold makes fire keeps its
-    own, but at least Vth_bound.
+    representation(spikes(Vth)) - gain*relu(representation(currents)), over a sample of `samples` elements,
+    drawn by `seed`. Thresholds whose spikes tell the elements apart much worse than others do are left out:
+    behind a pool, where all currents are positive, the least error can be spikes that always come. Each batch
+    passes forward once, and in it each layer sees the spikes of the layers before it at their new thresholds;
+    with several batches a layer fits all that it has met so far. A layer that no such threshold makes fire
+    keeps its own, but at least Vth_bound.
 
-    batches: tensors that the model takes, on its device. The model runs in the mode that it is in, training
-    or evaluation, but without dropout; nothing but the thresholds changes, trained and fixed ones alike.
-    apply: False leaves the thresholds as they are too, and only reports. Layers come in the order of the
-    forward pass, under their names in the state-dict. Raises ValueError for no batches, and whatever the
-    model raises for batches that do not suit it.
+    batches: tensors that the model takes, on its device. The model runs in the mode that it is in, but
+    without dropout; nothing but the thresholds changes, trained and fixed ones alike, and under apply=False
+    not even these. Layers come in the order of the forward pass, under their names in the state-dict. Raises
+    ValueError for no batches, and whatever the model raises for batches that do not suit it.
+    """
+
+    def currents(neuron, x):
+        steps = x.unflatten(0, (neuron.timesteps, -1))
+        return steps, steps
+
+    layers = [(name, module, module) for name, module in model.named_modules() if hasattr(module, "Vth")]
+    return fit_layers(model, batches, layers, currents, apply, samples, seed)
+
+
+def fit_to_activations(ann, batches, neuron, *, samples=2**16, seed=0):
+    """Thresholds for the neuron layers that will stand in the ReLUs' place; -> layer -> LayerFit.
+
+    As `fit_thresholds`, but the currents are what enters the ReLUs of `ann`, the same at every time step.
+    neuron: an IF or LIF layer with the settings of those to come; its threshold stays as it is.
+    """
+
+    def currents(neuron, x):
+        return x.flatten().expand(neuron.timesteps, -1), x.max().expand(neuron.timesteps, 1)
+
+    layers = [(name, module, neuron) for name, module in ann.named_modules() if isinstance(module, nn.ReLU)]
+    return fit_layers(ann, batches, layers, currents, False, samples, seed)
+
+
+@torch.no_grad()
+def fit_layers(model, batches, layers, currents, apply, samples, seed):
+    """Name -> LayerFit of the `layers` (name, module, neuron), by what enters their modules.
+
+    currents(neuron, input) -> currents (T, ...), and those of them that charge highest.
     """
     batches, fits = list(batches), {}
-    share = share_of_batch(samples, batches)
+    if not batches:
+        raise ValueError("no batches to fit thresholds to")
+    share = math.ceil(samples / len(batches))
 
-    def hook(name, neuron):
+    def watch(name, module, neuron):
         sample, given = Sample(share, seed), neuron.Vth.item()
 
-        def fit(_neuron, inputs):
-            currents = inputs[0].unflatten(0, (neuron.timesteps, -1))
-            sample.add(currents, highest_potential(neuron, currents))
+        def fit(_module, inputs):
+            steps, highest = currents(neuron, inputs[0])
+            sample.add(steps, highest_potential(neuron, highest))
             fits[name] = fit_layer(neuron, sample, given)
             if apply:
                 neuron.Vth.data.fill_(fits[name].fitted.Vth)
 
-        return neuron.register_forward_pre_hook(fit)
+        return module.register_forward_pre_hook(fit)
 
-    neurons = [(name, module) for name, module in model.named_modules() if hasattr(module, "Vth")]
-    with undisturbed(model, [hook(*layer) for layer in neurons]):
+    with undisturbed(model, [watch(*layer) for layer in layers]):
         for batch in batches:
             model(batch)
     return fits
 
 
-@torch.no_grad()
-def fit_to_activations(ann, batches, neuron, *, samples=2**16, seed=0):
-    """Thresholds for the neuron layers that will stand in the ReLUs' place; -> layer -> LayerFit.
-
-    As `fit_thresholds`, but the currents are what enters the ReLUs of `ann`, the same at every time step.
-    neuron: an IF or LIF layer with the settings of those to come; its threshold stays as it is. Raises
-    ValueError for no batches.
-    """
-    batches, fits = list(batches), {}
-    share = share_of_batch(samples, batches)
-
-    def hook(name, relu):
-        sample = Sample(share, seed)
-
-        def fit(_relu, inputs):
-            T = neuron.timesteps
-            sample.add(
-                inputs[0].flatten().expand(T, -1), highest_potential(neuron, inputs[0].max().expand(T, 1))
-            )
-            fits[name] = fit_layer(neuron, sample, neuron.Vth.item())
-
-        return relu.register_forward_pre_hook(fit)
-
-    relus = [(name, module) for name, module in ann.named_modules() if isinstance(module, nn.ReLU)]
-    with undisturbed(ann, [hook(*layer) for layer in relus]):
-        for batch in batches:
-            ann(batch)
-    return fits
-
-
-def share_of_batch(samples, batches):
-    """How many elements of a layer to look at in each batch."""
-    if not batches:
-        raise ValueError("no batches to fit thresholds to")
-    return math.ceil(samples / len(batches))
-
-
 @contextmanager
 def undisturbed(model, hooks):
     """While open, the forward pass calls every layer and has no dropout; then all is as before, unhooked."""
-    modules = list(model.modules())
-    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.training]
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
     backward, model.backward = getattr(model, "backward", None), "unrolled"
     try:
         for dropout in dropouts:
@@ -153,7 +142,7 @@ class Sample:
 
     def __init__(self, share, seed):
         self.share, self.generator = share, torch.Generator().manual_seed(seed)
-        self.currents, self.highest = None, -math.inf
+        self.currents, self.highest = torch.empty(0), -math.inf
 
     def add(self, currents, highest):
         """Take in the currents (T, B, ...) of a batch and the highest potential of them."""
@@ -162,8 +151,8 @@ class Sample:
         if n > self.share:
             chosen = torch.randint(n, (self.share,), generator=self.generator)
             currents = currents[:, chosen.to(currents.device)]
-        parts = [currents] if self.currents is None else [self.currents, currents]
-        self.currents = torch.cat(parts, 1)
+        earlier = self.currents.to(currents) if self.currents.numel() else currents[:, :0]
+        self.currents = torch.cat([earlier, currents], 1)
 
 
 def highest_potential(neuron, currents):
@@ -224,18 +213,16 @@ def geometric(low, high, n):
 
 
 def wanted(neuron, currents):
-    """What the spikes of currents (T, n) should represent: the ReLU of their representation."""
-    return neuron.representation(currents).relu() / getattr(neuron, "tau", 1.0)
+    """What the spikes of currents (T, n) should represent: the ReLU of their representation, times gain."""
+    return neuron.representation(currents).relu() * neuron.gain
 
 
 def lowest_threshold(neuron, currents):
-    """A threshold that would cut off nearly all that there is."""
+    """A threshold that would cut off nearly all that there is; infinite if there is nothing."""
     positive = wanted(neuron, currents)
     positive = positive[positive > 0]
-    if not len(positive):
-        return math.inf
     rank = 1 + int(LOWEST_QUANTILE * (len(positive) - 1))
-    return positive.kthvalue(rank).values.item() * getattr(neuron, "delta_t", 1.0)
+    return positive.kthvalue(rank).values.item() * neuron.unit if len(positive) else math.inf
 
 
 def try_thresholds(neuron, currents, thresholds):

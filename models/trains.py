@@ -55,8 +55,8 @@ class SpikeTrain:
 
     def rate(self):
         """The time mean of the values, (B, ...), differentiable: for a penalty on the firing rate, say."""
-        if self.unrolled:
-            return self.spikes.unflatten(0, (self.timesteps, -1)).mean(0)
+        if self.mean is None:  # unrolled, or nothing to differentiate
+            return self.values().unflatten(0, (self.timesteps, -1)).mean(0)
         return Read.apply(self.mean, self.representation, 1 / self.timesteps)
 
     def map(self, function):

@@ -30,9 +30,9 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from tests.recorder import record, write_aedat  # noqa: E402
 from utils import foreign  # noqa: E402
 from utils.cli import UserError  # noqa: E402
+from utils.recorder import record, write_aedat  # noqa: E402
 
 LIF = "--Vth 0.3 --alpha 0.3 --delta_t 0.2"
 COMMON = "--timesteps 2 --device cpu --warmup 2 --resume auto --save_every 1"

@@ -40,7 +40,6 @@ import cifar.program  # noqa: E402
 import imagenet.main  # noqa: E402
 import utils.training  # noqa: E402
 from models import create_model  # noqa: E402
-from tests.recorder import write_aedat  # noqa: E402
 from utils import checkpoint, foreign  # noqa: E402
 from utils.calibration import load_thresholds  # noqa: E402
 from utils.cli import UserError, run_program  # noqa: E402
@@ -48,6 +47,7 @@ from utils.data import read_image  # noqa: E402
 from utils.events import build_one, read_frames  # noqa: E402
 from utils.foreign import read_log  # noqa: E402
 from utils.recipe import load_optimizer, make_optimizer  # noqa: E402
+from utils.recorder import write_aedat  # noqa: E402
 from utils.records import Recorder, RunFiles  # noqa: E402
 from utils.statistics import neuron_layers, threshold_name  # noqa: E402
 

@@ -1,6 +1,7 @@
 """The house rules on size: what a newcomer has to read stays short."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,3 +28,10 @@ def test_no_function_is_over_50_lines():
 
 def test_the_checks_of_foreign_files_are_one_room():
     assert len(LINES["utils/foreign.py"]) <= 120
+
+
+def test_no_decision_goes_by_the_name_of_a_model():
+    """A network's entry in the registry says what it is."""
+    by_name = re.compile(r"(starts|ends)with\([^)]*(preresnet|vgg|_if|_lif|_ann|_snn)")
+    paths = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
+    assert [str(path) for path in paths if by_name.search(path.read_text())] == []

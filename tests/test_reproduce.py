@@ -5,8 +5,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -348,23 +346,3 @@ def test_commands_in_the_docs_are_understood():
         predict.get_parser().parse_args(shlex.split(command))
     for command in commands("imagenet/main.py"):
         imagenet.main.get_parser().parse(shlex.split(command))
-
-
-def test_the_page_on_own_networks_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_network.md").read_text(), re.DOTALL)
-    (tmp_path / "page.py").write_text("\n".join(blocks))
-    ended = subprocess.run(
-        [sys.executable, str(tmp_path / "page.py")],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    losses = re.findall(r"(IF|LIF)Neuron: loss ([\d.]+) -> ([\d.]+)", ended.stdout)
-    assert [kind for kind, *_ in losses] == ["IF", "LIF"] and all(
-        float(b) < 0.7 * float(a) for _, a, b in losses
-    )
-    assert float(re.search(r"difference of the gradients: (\S+)", ended.stdout)[1]) < 1e-9
-    assert "torch.Size([2, 10])" in ended.stdout

@@ -431,3 +431,90 @@ def test_unknown_backward_passes_and_trains_of_another_length_are_refused():
     model.n1.timesteps = 5
     with pytest.raises(ValueError, match="3 time steps meets a neuron layer of 5"):
         model(torch.randn(2, 3, 8, 8))
+
+
+class Mapped(SpikingNetwork):
+    """Two layers on images of 3x8x8, with maps between them."""
+
+    def __init__(self, *maps):
+        super().__init__()
+        self.conv, self.head, self.maps = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(64, 5), maps
+        self.bn, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm1d(5)
+        self.first, self.last_neuron = (IFNeuron(timesteps=4, Vth=0.4, alpha=0.4) for _ in range(2))
+
+    def spike(self, train):
+        train = spiking_layer([(self.conv, train)], self.bn, self.first)
+        for function in self.maps:
+            train = train.map(function)
+        return spiking_layer([(self.head, train)], self.bn2, self.last_neuron)
+
+
+POOLED, FLAT = nn.AvgPool2d(2), nn.Flatten()
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [
+        (POOLED, FLAT),
+        (lambda x: F.avg_pool2d(x, 2), lambda x: x.flatten(1)),
+        (lambda x: 3 * x[..., ::2, ::2] + 1, FLAT),  # the offset is the same for every step and the mean
+    ],
+)
+def test_linear_maps_keep_the_gradients(maps, float64):
+    torch.manual_seed(1)
+    model, x, before = Mapped(*maps), torch.randn(3, 3, 8, 8), torch.get_rng_state()
+    assert_same(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("maps", "complaint"),
+    [
+        ((nn.MaxPool2d(2), FLAT), "MaxPool2d.* not linear"),
+        ((nn.LayerNorm(8, elementwise_affine=False), POOLED, FLAT), "LayerNorm.* not linear"),
+        ((lambda x: x.clamp(0, 1), POOLED, FLAT), "not linear"),
+        ((lambda x: x + 0.01 * x.square(), POOLED, FLAT), "not linear"),
+        ((nn.Conv2d(4, 4, 2, 2), FLAT), "branch"),
+    ],
+)
+def test_maps_that_do_not_commute_with_the_mean_are_refused(maps, complaint):
+    model, x = Mapped(*maps), torch.randn(3, 3, 8, 8)
+    with pytest.raises(ValueError, match=complaint):
+        model(x)
+    model.backward = "unrolled"
+    model(x).sum().backward()
+    assert model.conv.weight.grad.any()
+
+
+class Perceptron(SpikingNetwork):
+    def __init__(self, kind):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(20, 16), nn.Linear(16, 5)
+        self.bn, self.bn2 = nn.BatchNorm1d(16), nn.BatchNorm1d(5)
+        settings = SETTINGS if kind == "lif" else dict(Vth=0.4, alpha=0.4)
+        self.first, self.last_neuron = (KINDS[kind](timesteps=4, **settings) for _ in range(2))
+
+    def spike(self, train):
+        train = spiking_layer([(self.hidden, train)], self.bn, self.first)
+        return spiking_layer([(self.head, train)], self.bn2, self.last_neuron)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_and_sequences_of_vectors(kind, float64):
+    model, x = Perceptron(kind), torch.randn(6, 20)
+    randomize(model)
+    unrolled = assert_same(model, x)
+    assert torch.equal(unrolled(x), unrolled(x.unsqueeze(1).repeat(1, 4, 1)))
+    assert_same(model, torch.randn(6, 4, 20))
+    for wrong in (torch.randn(6, 3, 20), torch.randn(20)):
+        with pytest.raises(ValueError, match=r"vectors \(B, F\).*not a tensor of shape"):
+            model(wrong)
+
+
+def test_a_rate_can_be_read_where_nothing_is_differentiated(float64):
+    model, x, rates = Net("if", 3), torch.randn(2, 3, 8, 8), []
+    for model.backward in ("unrolled", "collapsed"):
+        with torch.no_grad():
+            rates.append(spiking_layer([(model.stem, model.encode(x))], model.bn0, model.n0).rate())
+    torch.testing.assert_close(rates[1], rates[0])
+    assert rates[0].any()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import create_model, list_models
+from models import LIFNeuron, create_model, list_models
+from models.registry import NETWORKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +95,31 @@ def test_unknown_names_are_refused():
         create_model("preresnet.resnet20_if", backward="sideways")
     with pytest.raises(ValueError, match="shared"):
         create_model("vgg.vgg11_if", dropout_mask="none")
+
+
+def test_entries_say_what_programs_decide_by():
+    """As published: the settings that each program starts from, what networks take, the ANN of each shape."""
+    cifar = dict(timesteps=20, Vth=0.3, tau=1.0, delta_t=0.05, alpha=0.3, Vth_bound=0.0005)
+    imagenet = dict(timesteps=50, Vth=6.0, tau=1.0, delta_t=0.05, alpha=0.5, Vth_bound=0.01)
+    for name in list_models():
+        entry, family = NETWORKS[name], name.partition(".")[0]
+        program = "cifar" if family in ("preresnet", "vgg") else "imagenet"
+        assert entry.program == program and name in list_models(program)
+        assert entry.defaults.items() >= (cifar if program == "cifar" else imagenet).items()
+        assert entry.defaults["num_classes"] == (10 if program == "cifar" else 1000)
+        assert entry.defaults["dropout"] == (0.1 if family == "vgg" else 0.0)
+        assert entry.defaults["Vth_grad_scale"] == (0.001 if re.match("preresnet_snn.*_if", name) else 1.0)
+        assert (entry.ann in list_models()) == (family != "vgg")
+    assert NETWORKS["preresnet_snn.resnet34_lif"].ann == "preresnet_ann.resnet34"
+    assert NETWORKS["preresnet.resnet20_if"].ann == "preresnet.resnet20_ann"
+    assert (NETWORKS["vgg.vgg11_if"].inputs, NETWORKS["vgg.vgg11_if"].shape) == ("event frames", (2, 48, 48))
+
+
+def test_a_neuron_without_settings_has_those_of_the_cifar_programs():
+    layer = LIFNeuron()
+    found = {name: getattr(layer, name) for name in ("timesteps", "tau", "delta_t", "alpha", "Vth_bound")}
+    assert found == dict(timesteps=20, tau=1.0, delta_t=0.05, alpha=0.3, Vth_bound=0.0005)
+    assert layer.Vth.item() == pytest.approx(0.3)
 
 
 def imported(path):

@@ -20,10 +20,11 @@ from filelock import FileLock
 from PIL import Image
 
 from cifar.program import main
-from tests.recorder import HEADER, record, write_aedat
-from utils.cli import UserError
+from utils.cli import UserError, run_program
 from utils.data import DATASETS, load_data, train_loader
 from utils.events import draw, integrate, spikingjelly_parts
+from utils.recorder import HEADER, record, write_aedat
+from utils.recorder import main as recorder
 
 ROOT = Path(__file__).parents[2]
 # (x, y, polarity) as published; the corners of a picture, one of them twice, and a pixel of no symmetry.
@@ -249,6 +250,16 @@ def test_recorder_makes_upright_events(tmp_path):
     frames = integrate(path, 5)
     assert frames.sum() == events.shape[1] and frames[..., :64, :64].sum() == frames.sum()
     assert frames[:, 0].sum().item() == pytest.approx(frames[:, 1].sum().item(), rel=0.05)
+
+
+def test_the_recorder_as_a_command(images, tmp_path, capsys):
+    run_program(recorder, [str(images), str(tmp_path / "events_of"), "--train", "2", "--test", "1"])
+    names = {path.name for path in (tmp_path / "events_of").rglob("*.aedat")}
+    assert names == {f"cifar10_{c}_{n}.aedat" for c in ("red", "blue") for n in (0, 1, 900)}
+    with pytest.raises(SystemExit) as end:
+        run_program(recorder, [str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    assert end.value.code.startswith("error: cannot record") and "\n" not in end.value.code
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_program_reads_recordings(root, tmp_path, capsys):

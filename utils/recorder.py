@@ -1,6 +1,6 @@
 """Event recordings of still images, in the form of DVS-CIFAR10. They are SYNTHETIC: no camera was involved.
 
-    python tests/recorder.py IMAGES OUT --train 60 --test 15
+    python -m utils.recorder IMAGES OUT --train 60 --test 15
 
 turns IMAGES/train/<class>/* and IMAGES/test/<class>/* into OUT/events/<class>/cifar10_<class>_<number>.aedat,
 so many a class, numbered from 0 (training) and from 900 (test). Each image moves along a closed path, as the
@@ -8,11 +8,12 @@ real ones did on their screen. A pixel emits an event whenever its log intensity
 since its last one. There is no noise, no refractory time and no mismatch between pixels.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from utils.cli import Parser, explained, number, run_program
 
 SIZE = 128  # pixels of the camera
 FINE = 4  # positions a pixel: the image moves by quarters of one
@@ -59,19 +60,21 @@ def write_aedat(path, t, x, y, on, header=HEADER):
     path.write_bytes(header + np.stack([address, t], axis=1).astype(">u4").tobytes())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(argv=None):
+    parser = Parser({}, prog="python -m utils.recorder", description=__doc__)
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--train", type=int, default=60)
-    parser.add_argument("--test", type=int, default=15)
-    args = parser.parse_args()
-    for split, first, count in (("train", 0, args.train), ("test", 900, args.test)):
-        for folder in sorted((args.images / split).iterdir()):
-            for number, file in enumerate(sorted(folder.iterdir())[:count], start=first):
-                path = args.out / "events" / folder.name / f"cifar10_{folder.name}_{number}.aedat"
-                write_aedat(path, *record(Image.open(file), seed=number))
+    parser.add_argument("--train", type=number(int, 1, high=900), default=60)
+    parser.add_argument("--test", type=number(int, 1, high=100), default=15)
+    args = parser.parse_args(argv)
+    expected = "expected are train/<class>/ and test/<class>/ with images"
+    with explained(lambda why: f"cannot record {args.images} ({why}); {expected}", OSError):
+        for split, first, count in (("train", 0, args.train), ("test", 900, args.test)):
+            for folder in sorted((args.images / split).iterdir()):
+                for index, file in enumerate(sorted(folder.iterdir())[:count], start=first):
+                    path = args.out / "events" / folder.name / f"cifar10_{folder.name}_{index}.aedat"
+                    write_aedat(path, *record(Image.open(file), seed=index))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
