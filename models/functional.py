@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
     """The dynamics: U = lam*V + scale*y_t + shift; s_t = 1 where U >= firing_point, else 0; V = U - Vth*s_t.
 
+    With x_t = y_t: IF has lam = scale = 1, LIF (lam, scale) = `leak(tau, delta_t)`; firing_point = alpha*Vth.
     steps: the y_t, T tensors (B, ...), or one for all; spikes: T tensors of that shape to write the s_t to,
     which may be the y_t.
     Returns for every w of `weights`, T numbers each, the pair (sum_t w_t*y_t, sum_t w_t*s_t).
@@ -33,18 +34,6 @@ def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
         for w, (_, spike_sum) in zip(weights, sums):
             spike_sum.add_(fired, alpha=w[t])
     return sums
-
-
-@torch.no_grad()
-def fire(currents, Vth, alpha, lam=1.0, kappa=1.0, dynamics=membrane):
-    """IF: U = V + x_t. LIF: U = lam*V + kappa*x_t with (lam, kappa) = `leak(tau, delta_t)`.
-
-    Fire where U >= alpha*Vth; V = U - Vth*s. Returns s, 0 and 1, shape (T, B, ...).
-    """
-    spikes = torch.empty_like(currents)
-    scale, shift = currents.new_full((), kappa), currents.new_zeros(())
-    dynamics(currents, spikes, Vth, alpha * Vth, lam, scale, shift)
-    return spikes
 
 
 def leak(tau, delta_t):

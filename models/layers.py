@@ -14,7 +14,7 @@ from torch import nn
 from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
-from models.functional import Read
+from models.neurons import Neuron, ReLU
 from models.synchronized import synchronize
 from models.trains import SpikeTrain, is_shared
 
@@ -30,18 +30,19 @@ def spiking_layer(branches, bn, neuron):
     if not first.unrolled:
         spikes, mean, representation = collapsed_layer(branches, bn, neuron)
         amplitude = neuron.amplitude.detach().clone()
-        return SpikeTrain(spikes, T, first.backward, first.engine, amplitude, mean, representation)
+        parts = dict(amplitude=amplitude, mean=mean, representation=representation, neuron=neuron)
+        return SpikeTrain(spikes, T, first.backward, first.engine, **parts)
     first, *rest = [linear(train.spikes) for linear, train in branches]
     currents = sum(rest, start=first)
-    return SpikeTrain(neuron(currents if bn is None else bn(currents)), T)
+    return SpikeTrain(neuron(currents if bn is None else bn(currents)), T, neuron=neuron)
 
 
 class SpikingNetwork(nn.Module):
     """Vectors (B, F), images (B, C, H, W) or event frames (B, T, ...) of either to logits (B, classes).
 
-    A subclass defines `spike`, from the input's train to the last layer's, and `last_neuron`, which decodes
-    it. backward: "collapsed" (exact, see `collapsed`), "unrolled" (the same, literally) or "rate" (an
-    approximation). engine: "auto", "dense" or "events" (see `engines`).
+    A subclass defines `spike`, from the input's train to the last layer's. backward: "collapsed" (exact, see
+    `collapsed`), "unrolled" (the same, literally) or "rate" (an approximation). engine: "auto", "dense" or
+    "events" (see `engines`).
     """
 
     def __init__(self, backward="collapsed", engine="auto"):
@@ -56,15 +57,16 @@ class SpikingNetwork(nn.Module):
         super().__setattr__(name, value)
 
     @property
+    def _neuron(self):
+        """One of the neuron layers (of an ANN, the ReLUs), which have the same T and precision."""
+        return next(module for module in self.modules() if isinstance(module, (Neuron, ReLU)))
+
+    @property
     def timesteps(self):
-        return self.last_neuron.timesteps
+        return self._neuron.timesteps
 
     def forward(self, x):
-        train = self.spike(self.encode(x))
-        if train.representation is None:  # unrolled, or nothing to differentiate
-            return self.last_neuron.decode(train.values())
-        representation = train.representation
-        return Read.apply(representation.detach(), representation, self.last_neuron.decoding_gain)
+        return self.spike(self.encode(x)).decode()
 
     def synchronize(self):
         """Let batch norm work over the batches of all processes."""
@@ -72,13 +74,13 @@ class SpikingNetwork(nn.Module):
 
     def compile_loops(self):
         """Run the dense engine's time loops through torch.compile. RuntimeError without a compiler."""
-        self._compiled = DenseEngine(compiled_loop(self.last_neuron.Vth.detach()))
+        self._compiled = DenseEngine(compiled_loop(self._neuron.Vth.detach()))
 
     def engine_in_use(self, device):
         """-> (the engine that computes this network on the device, why it is not the event engine)."""
         if self._compiled is not None:
             return self._compiled, "compiled loops are dense"
-        dtype = self.last_neuron.Vth.dtype
+        dtype = self._neuron.Vth.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         return choose_engine(self.engine, device.type, dtype)

@@ -99,10 +99,13 @@ class Neuron(nn.Module):
         for hook in self._spike_hooks.values():
             hook(spikes)
 
+    @torch.no_grad()
     def fire(self, currents):
         """Currents (T, B, ...) -> spikes of that shape, amplitude included."""
-        spikes = functional.fire(currents, self.Vth, self.alpha, *self.leak, self.dynamics)
-        return spikes.mul_(self.amplitude.detach())
+        spikes, (lam, kappa) = torch.empty_like(currents), self.leak
+        scale, shift = currents.new_full((), kappa), currents.new_zeros(())
+        self.dynamics(currents, spikes, self.Vth, self.alpha * self.Vth, lam, scale, shift)
+        return spikes.mul_(self.amplitude)
 
     def project_threshold(self):
         """Vth <- max(Vth, Vth_bound), on the parameter: a clamp in the graph would kill its gradient."""

@@ -2,68 +2,26 @@
 
 from torch import nn
 
+from models.blocks import Block
 from models.layers import SpikingNetwork, spiking_layer
 from models.trains import Dropout, SpikeTrain
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions. Takes the branches of the sum before it, returns those of its own."""
-
-    expansion = 1
-
-    def __init__(self, in_channels, channels, stride, activation, dropout):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
-        self.shortcut = make_shortcut(in_channels, channels, stride)
-        self.relu1, self.relu2 = activation(), activation()
-        self.dropout = Dropout(dropout)
-
-    def forward(self, branches):
-        first = spiking_layer(branches, self.bn1, self.relu1)
-        second = spiking_layer([(self.conv1, first)], self.bn2, self.relu2)
-        return [(self.conv2, second.drop(self.dropout)), (self.shortcut, first)]
+def bottleneck(in_channels, channels, stride):
+    """1x1 with the stride, 3x3, 1x1 to four times the channels. -> the shapes of the block's convolutions"""
+    return [(in_channels, channels, 1, stride), (channels, channels, 3, 1), (channels, 4 * channels, 1, 1)]
 
 
-class Bottleneck(nn.Module):
-    """1x1 convolution with the stride, 3x3, 1x1 to four times the channels."""
-
-    expansion = 4
-
-    def __init__(self, in_channels, channels, stride, activation, dropout):
-        super().__init__()
-        out_channels = self.expansion * channels
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
-        self.bn3 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1)
-        self.shortcut = make_shortcut(in_channels, out_channels, stride)
-        self.relu1, self.relu2, self.relu3 = activation(), activation(), activation()
-        self.dropout = Dropout(dropout)
-
-    def forward(self, branches):
-        first = spiking_layer(branches, self.bn1, self.relu1)
-        second = spiking_layer([(self.conv1, first)], self.bn2, self.relu2)
-        third = spiking_layer([(self.conv2, second)], self.bn3, self.relu3)
-        return [(self.conv3, third.drop(self.dropout)), (self.shortcut, first)]
-
-
-def make_shortcut(in_channels, out_channels, stride):
-    """The residual connection, which starts after the first neuron layer of its block."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
+def shortcut(in_channels, out_channels, stride):
     return nn.Conv2d(in_channels, out_channels, 1, stride)
 
 
 class PreActResNet(SpikingNetwork):
     """PreAct-ResNet on 3x32x32 images: (B, 3, 32, 32) -> logits (B, num_classes).
 
-    `activation()` makes the neuron layers (or an ANN's ReLUs), `depths` and `widths` count the blocks and the
-    channels of the stages; all but the first stage halve the image.
+    `block(in_channels, channels, stride)` gives the shapes of a block's convolutions, `activation()` makes
+    the neuron layers (or an ANN's ReLUs), `depths` and `widths` count the blocks and the channels of the
+    stages; all but the first stage halve the image.
     """
 
     def __init__(self, block, depths, widths, *, activation, num_classes, dropout):
@@ -73,9 +31,10 @@ class PreActResNet(SpikingNetwork):
         for stage, (depth, width) in enumerate(zip(depths, widths), start=1):
             blocks = []
             for i in range(depth):
-                stride = 2 if stage > 1 and i == 0 else 1
-                blocks.append(block(in_channels, width, stride, activation, dropout))
-                in_channels = block.expansion * width
+                shapes = block(in_channels, width, 2 if stage > 1 and i == 0 else 1)
+                residual = "shortcut", shortcut
+                blocks.append(Block(shapes, residual, activation, bias=True, dropout=dropout))
+                in_channels = shapes[-1][1]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.stages = len(depths)
         self.bn1 = nn.BatchNorm2d(in_channels)
@@ -88,10 +47,6 @@ class PreActResNet(SpikingNetwork):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.linear.bias)
-
-    @property
-    def last_neuron(self):
-        return self.relu3
 
     def spike(self, image: SpikeTrain):
         branches = [(self.conv1, image)]

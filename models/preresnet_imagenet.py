@@ -5,52 +5,19 @@ from itertools import chain
 
 from torch import nn
 
+from models.blocks import Block, register
 from models.layers import SpikingNetwork, spiking_layer
 from models.trains import SpikeTrain
 
 
-class Block(nn.Module):
-    """A residual block: convolutions of `shapes` (in, out, kernel, stride) behind batch norms and neurons.
-
-    Takes the branches of the sum before it, returns those of its own; the shortcut starts after the first
-    neuron layer.
-    """
-
-    def __init__(self, shapes, activation, norms_last):
-        super().__init__()
-        modules = {}
-        for i, (in_channels, out_channels, kernel, stride) in enumerate(shapes, start=1):
-            modules[f"bn{i}"] = nn.BatchNorm2d(in_channels)
-            modules[f"conv{i}"] = nn.Conv2d(
-                in_channels, out_channels, kernel, stride, kernel // 2, bias=False
-            )
-        in_channels, stride = shapes[0][0], math.prod(shape[3] for shape in shapes)
-        self.depth = len(shapes)
-        modules["downsample"] = nn.Identity()
-        if stride > 1 or in_channels != out_channels:
-            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            modules["downsample"] = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
-        register(self, modules, norms_last)
-        for i in range(1, self.depth + 1):
-            self.add_module(f"relu{i}", activation())
-
-    def forward(self, branches):
-        for i in range(1, self.depth + 1):
-            train = spiking_layer(branches, getattr(self, f"bn{i}"), getattr(self, f"relu{i}"))
-            if i == 1:
-                first = train
-            branches = [(getattr(self, f"conv{i}"), train)]
-        return [*branches, (self.downsample, first)]
-
-
-def basic(in_channels, channels, stride):
-    """Two 3x3 convolutions. -> the shapes of the block's convolutions"""
-    return [(in_channels, channels, 3, stride), (channels, channels, 3, 1)]
-
-
 def bottleneck(in_channels, channels, stride):
-    """1x1, 3x3 with the stride, 1x1 to four times the channels."""
+    """1x1, 3x3 with the stride, 1x1 to four times the channels. -> the shapes of the block's convolutions"""
     return [(in_channels, channels, 1, 1), (channels, channels, 3, stride), (channels, 4 * channels, 1, 1)]
+
+
+def downsample(in_channels, out_channels, stride):
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
 class ImageNetPreActResNet(SpikingNetwork):
@@ -69,7 +36,8 @@ class ImageNetPreActResNet(SpikingNetwork):
             blocks = []
             for i in range(depth):
                 shapes = block(in_channels, 64 << stage, 2 if stage and i == 0 else 1)
-                blocks.append(Block(shapes, activation, norms_last))
+                residual = "downsample", downsample
+                blocks.append(Block(shapes, residual, activation, bias=False, norms_last=norms_last))
                 in_channels = shapes[-1][1]
             modules[f"layer{stage + 1}"] = nn.Sequential(*blocks)
         modules |= {"bn2": nn.BatchNorm2d(in_channels), "fc": nn.Linear(in_channels, num_classes)}
@@ -82,10 +50,6 @@ class ImageNetPreActResNet(SpikingNetwork):
                 k, _ = module.kernel_size
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / (k * k * module.out_channels)))
 
-    @property
-    def last_neuron(self):
-        return self.relu4
-
     def spike(self, image: SpikeTrain):
         first = [(self.conv1, image)]  # no name for its spikes, the largest of all: they would stay
         branches = [(nn.Identity(), spiking_layer(first, self.bn1, self.relu1).map(self.maxpool))]
@@ -94,9 +58,3 @@ class ImageNetPreActResNet(SpikingNetwork):
         train = spiking_layer(branches, self.bn2, self.relu2)
         train = spiking_layer([(nn.Identity(), train.map(self.avgpool))], None, self.relu3)
         return spiking_layer([(self.fc, train.map(nn.Flatten()))], self.bn3, self.relu4)
-
-
-def register(owner, modules, norms_last):
-    """Add the modules in the order of the official files (SNNs': batch norms last): optimizers go by it."""
-    for name in sorted(modules, key=lambda name: norms_last and name.startswith("bn")):
-        owner.add_module(name, modules[name])

@@ -6,9 +6,11 @@ from functools import partial
 
 import torch
 
+from models import preresnet, preresnet_imagenet
+from models.blocks import basic
 from models.neurons import DEFAULTS, IFNeuron, LIFNeuron, ReLU
-from models.preresnet import BasicBlock, Bottleneck, PreActResNet
-from models.preresnet_imagenet import ImageNetPreActResNet, basic, bottleneck
+from models.preresnet import PreActResNet
+from models.preresnet_imagenet import ImageNetPreActResNet
 from models.trains import Dropout
 from models.vgg import STAGES, VGG
 
@@ -17,18 +19,18 @@ CIFAR = DEFAULTS | dict(num_classes=10, dropout=0.0, Vth_grad_scale=1.0)
 IMAGENET = CIFAR | dict(num_classes=1000, timesteps=50, Vth=6.0, alpha=0.5, Vth_bound=0.01)
 
 WIDE = {
-    "resnet18": partial(PreActResNet, BasicBlock, [2, 2, 2, 2], [64, 128, 256, 512]),
-    "resnet34": partial(PreActResNet, BasicBlock, [3, 4, 6, 3], [64, 128, 256, 512]),
-    "resnet50": partial(PreActResNet, Bottleneck, [3, 4, 6, 3], [64, 128, 256, 512]),
+    "resnet18": partial(PreActResNet, basic, [2, 2, 2, 2], [64, 128, 256, 512]),
+    "resnet34": partial(PreActResNet, basic, [3, 4, 6, 3], [64, 128, 256, 512]),
+    "resnet50": partial(PreActResNet, preresnet.bottleneck, [3, 4, 6, 3], [64, 128, 256, 512]),
 }
 NARROW = {
-    f"resnet{depth}": partial(PreActResNet, BasicBlock, [(depth - 2) // 6] * 3, [16, 32, 64])
+    f"resnet{depth}": partial(PreActResNet, basic, [(depth - 2) // 6] * 3, [16, 32, 64])
     for depth in (20, 32, 44, 56, 110)
 }
 LARGE = {
     "resnet18": partial(ImageNetPreActResNet, basic, [2, 2, 2, 2]),
     "resnet34": partial(ImageNetPreActResNet, basic, [3, 4, 6, 3]),
-    "resnet50": partial(ImageNetPreActResNet, bottleneck, [3, 4, 6, 3]),
+    "resnet50": partial(ImageNetPreActResNet, preresnet_imagenet.bottleneck, [3, 4, 6, 3]),
 }
 
 

@@ -24,10 +24,10 @@ NOISE = 0.01  # errors that differ by less, relatively, count as equal
 class Fit:
     """A threshold, and how a layer does with it on a sample of its currents.
 
-    Vth: in the unit of the currents. error: mean of (representation of the spikes - ReLU of the
-    representation of the currents)^2, as a multiple of the mean of ReLU^2; 1 for a silent layer.
-    rate: fraction of (neuron, step) that fires. correlation: squared, of the two representations over the
-    elements; what a factor and an offset, as of the next batch norm, could take away does not count.
+    error: mean square of what the spikes represent less what they should, the ReLU of what the currents
+    represent, as a multiple of the mean square of the latter; 1 for a silent layer. rate: fraction of
+    (neuron, step) that fires. correlation: squared, of the two over the elements: a factor and an offset, as
+    of the next batch norm, do not count.
     """
 
     Vth: float
@@ -48,13 +48,11 @@ class LayerFit:
 def fit_thresholds(model, batches, *, apply=True, samples=2**16, seed=0):
     """Start every neuron layer of `model` at the threshold that fits its currents; -> layer -> LayerFit.
 
-    Of all Vth of at least Vth_bound that make the layer fire, the one with the least mean square of
-    representation(spikes(Vth)) - gain*relu(representation(currents)), over a sample of `samples` elements,
-    drawn by `seed`. Thresholds whose spikes tell the elements apart much worse than others do are left out:
-    behind a pool, where all currents are positive, the least error can be spikes that always come. Each batch
-    passes forward once, and in it each layer sees the spikes of the layers before it at their new thresholds;
-    with several batches a layer fits all that it has met so far. A layer that no such threshold makes fire
-    keeps its own, but at least Vth_bound.
+    Of all Vth of at least Vth_bound that make the layer fire, the one of least error (see `Fit`) over about
+    `samples` elements, drawn by `seed`. Thresholds whose spikes tell the elements apart much worse than
+    others do are left out: behind a pool, where all currents are positive, the least error can be spikes that
+    always come. Each batch passes forward once, and in it each layer sees the spikes of the layers before it
+    at their new thresholds. A layer that no such threshold makes fire keeps its own, but at least Vth_bound.
 
     batches: tensors that the model takes, on its device. The model runs in the mode that it is in, but
     without dropout; nothing but the thresholds changes, trained and fixed ones alike, and under apply=False
@@ -96,12 +94,14 @@ def fit_layers(model, batches, layers, currents, apply, samples, seed):
     share = math.ceil(samples / len(batches))
 
     def watch(name, module, neuron):
-        sample, given = Sample(share, seed), neuron.Vth.item()
+        sample, highest, given = [], [], neuron.Vth.item()
+        generator = torch.Generator().manual_seed(seed)  # alike in every process and on every device
 
         def fit(_module, inputs):
-            steps, highest = currents(neuron, inputs[0])
-            sample.add(steps, highest_potential(neuron, highest))
-            fits[name] = fit_layer(neuron, sample, given)
+            steps, strongest = currents(neuron, inputs[0])
+            sample.append(draw(steps.flatten(1), share, generator))
+            highest.append(highest_potential(neuron, strongest))
+            fits[name] = fit_layer(neuron, torch.cat(sample, 1), max(highest), given)
             if apply:
                 neuron.Vth.data.fill_(fits[name].fitted.Vth)
 
@@ -120,9 +120,9 @@ def undisturbed(model, hooks):
     statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
     backward, model.backward = getattr(model, "backward", None), "unrolled"
+    for dropout in dropouts:
+        dropout.eval()
     try:
-        for dropout in dropouts:
-            dropout.eval()
         yield
     finally:
         for hook in hooks:
@@ -134,25 +134,11 @@ def undisturbed(model, hooks):
         model.backward = backward
 
 
-class Sample:
-    """What a layer has met: currents (T, n) of at most `share` elements of each batch; the highest potential.
-
-    The elements are drawn by `seed`, alike in every process and on every device.
-    """
-
-    def __init__(self, share, seed):
-        self.share, self.generator = share, torch.Generator().manual_seed(seed)
-        self.currents, self.highest = torch.empty(0), -math.inf
-
-    def add(self, currents, highest):
-        """Take in the currents (T, B, ...) of a batch and the highest potential of them."""
-        currents, self.highest = currents.flatten(1), max(self.highest, highest)
-        n = currents.shape[1]
-        if n > self.share:
-            chosen = torch.randint(n, (self.share,), generator=self.generator)
-            currents = currents[:, chosen.to(currents.device)]
-        earlier = self.currents.to(currents) if self.currents.numel() else currents[:, :0]
-        self.currents = torch.cat([earlier, currents], 1)
+def draw(currents, share, generator):
+    """At most `share` elements of currents (T, n)."""
+    if currents.shape[1] <= share:
+        return currents
+    return currents[:, torch.randint(currents.shape[1], (share,), generator=generator).to(currents.device)]
 
 
 def highest_potential(neuron, currents):
@@ -165,13 +151,12 @@ def highest_potential(neuron, currents):
     return highest
 
 
-def fit_layer(neuron, sample, given):
-    """The LayerFit of a neuron layer, given a threshold, on a Sample; the layer's own stays as it is."""
-    given = try_thresholds(neuron, sample.currents, [max(given, neuron.Vth_bound)])[0]
-    silent_above = sample.highest / neuron.alpha
-    if not neuron.Vth_bound < silent_above < math.inf:
-        return LayerFit(given, given, alive=False)
-    return LayerFit(given, search(neuron, sample.currents, silent_above), alive=True)
+def fit_layer(neuron, currents, highest, given):
+    """The LayerFit of a layer at the threshold `given`, on currents (T, n) that charge it up to `highest`."""
+    given = try_thresholds(neuron, currents, [max(given, neuron.Vth_bound)])[0]
+    silent_above = highest / neuron.alpha
+    alive = neuron.Vth_bound < silent_above < math.inf
+    return LayerFit(given, search(neuron, currents, silent_above) if alive else given, alive)
 
 
 def search(neuron, currents, silent_above):

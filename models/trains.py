@@ -29,7 +29,7 @@ class SpikeTrain:
     collapsed ones the spikes belong to the `engine`, and only it looks into them: 0 and 1, with the
     `amplitude` apart (None: values, as once pooled); autograd sees only the `representation`, (B, ...), at
     which the gradient is dL/do_t, the same for every t (see `functional.Read`); `mean` is the time mean of
-    the values. A `static` train has one copy of its spikes for all steps.
+    the values. A `static` train has one copy of its spikes for all steps. `neuron`: the layer that fired.
     """
 
     spikes: object
@@ -40,6 +40,7 @@ class SpikeTrain:
     mean: torch.Tensor | None = None
     representation: torch.Tensor | None = None
     static: bool = False
+    neuron: nn.Module | None = None
 
     @property
     def unrolled(self):
@@ -58,6 +59,12 @@ class SpikeTrain:
         if self.mean is None:  # unrolled, or nothing to differentiate
             return self.values().unflatten(0, (self.timesteps, -1)).mean(0)
         return Read.apply(self.mean, self.representation, 1 / self.timesteps)
+
+    def decode(self):
+        """The representation of the values, (B, ...), differentiable: of the last layer, the logits."""
+        if self.representation is None:  # unrolled, or nothing to differentiate
+            return self.neuron.decode(self.values())
+        return Read.apply(self.representation.detach(), self.representation, self.neuron.decoding_gain)
 
     def map(self, function):
         """The same train after a linear map that acts on every time step alike, as an average pool does.

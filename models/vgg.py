@@ -41,10 +41,6 @@ class VGG(SpikingNetwork):
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
 
-    @property
-    def last_neuron(self):
-        return self.classifier[-1]
-
     def spike(self, train):
         stages = [self.layer1, self.layer2, self.layer3, self.layer4, self.layer5]
         modules = iter([module for stage in (*stages, [self.avgpool], self.classifier) for module in stage])

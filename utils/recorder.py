@@ -4,8 +4,7 @@
 
 turns IMAGES/train/<class>/* and IMAGES/test/<class>/* into OUT/events/<class>/cifar10_<class>_<number>.aedat,
 so many a class, numbered from 0 (training) and from 900 (test). Each image moves along a closed path, as the
-real ones did on their screen. A pixel emits an event whenever its log intensity has changed by THRESHOLD
-since its last one. There is no noise, no refractory time and no mismatch between pixels.
+real ones did on their screen, and a pixel emits an event whenever its log intensity has changed by THRESHOLD.
 """
 
 from pathlib import Path

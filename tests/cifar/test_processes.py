@@ -19,7 +19,8 @@ from torch.utils.data import TensorDataset
 
 import cifar.program
 from models import create_model
-from models.preresnet import BasicBlock, PreActResNet
+from models.blocks import basic
+from models.preresnet import PreActResNet
 from models.registry import activation_factory
 from models.synchronized import synchronize
 from tests import chaos
@@ -89,9 +90,7 @@ def train(kind, backward, frozen):
     torch.manual_seed(0)
     settings = dict(Vth=1.0, alpha=0.2) if kind == "if" else dict(Vth=0.3, alpha=0.3, delta_t=0.2)
     activation = activation_factory(kind, dict(settings, timesteps=2))
-    model = PreActResNet(
-        BasicBlock, [1, 1, 1], [8, 12, 16], activation=activation, num_classes=5, dropout=0.0
-    )
+    model = PreActResNet(basic, [1, 1, 1], [8, 12, 16], activation=activation, num_classes=5, dropout=0.0)
     model.backward = backward
     for parameter in model.parameters():  # else the currents of silent channels are 0, the end of the clamp
         if parameter.dim() == 1:

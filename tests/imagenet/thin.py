@@ -4,7 +4,8 @@ from dataclasses import replace
 from functools import partial
 
 from models import registry
-from models.preresnet_imagenet import ImageNetPreActResNet, basic
+from models.blocks import basic
+from models.preresnet_imagenet import ImageNetPreActResNet
 
 network = partial(ImageNetPreActResNet, lambda *shape: basic(shape[0], shape[1] // 8, shape[2]), [1, 1, 1, 1])
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import IFNeuron, LIFNeuron, create_model
+from models.blocks import basic
 from models.engines.dense import DenseEngine, Spikes, correlation, correlation_of_patches
 from models.layers import SpikingNetwork, spiking_layer
-from models.preresnet_imagenet import ImageNetPreActResNet, basic
+from models.preresnet_imagenet import ImageNetPreActResNet
 from models.trains import SpikeTrain
 from tests.models.engines import available
 from utils.statistics import count_spikes, firing_rates
@@ -40,10 +41,6 @@ class Net(SpikingNetwork):
         self.bn0, self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)
         self.hidden, self.head, self.bn3 = nn.Linear(6, 7), nn.Linear(7, 5, bias=False), nn.BatchNorm1d(5)
         self.n0, self.n1, self.n2, self.n3, self.n4, self.n5 = (make[neuron]() for _ in range(6))
-
-    @property
-    def last_neuron(self):
-        return self.n5
 
     def spike(self, train):
         first = spiking_layer([(self.stem, train)], self.bn0, self.n0)
@@ -440,13 +437,13 @@ class Mapped(SpikingNetwork):
         super().__init__()
         self.conv, self.head, self.maps = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(64, 5), maps
         self.bn, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm1d(5)
-        self.first, self.last_neuron = (IFNeuron(timesteps=4, Vth=0.4, alpha=0.4) for _ in range(2))
+        self.first, self.last = (IFNeuron(timesteps=4, Vth=0.4, alpha=0.4) for _ in range(2))
 
     def spike(self, train):
         train = spiking_layer([(self.conv, train)], self.bn, self.first)
         for function in self.maps:
             train = train.map(function)
-        return spiking_layer([(self.head, train)], self.bn2, self.last_neuron)
+        return spiking_layer([(self.head, train)], self.bn2, self.last)
 
 
 POOLED, FLAT = nn.AvgPool2d(2), nn.Flatten()
@@ -492,11 +489,11 @@ class Perceptron(SpikingNetwork):
         self.hidden, self.head = nn.Linear(20, 16), nn.Linear(16, 5)
         self.bn, self.bn2 = nn.BatchNorm1d(16), nn.BatchNorm1d(5)
         settings = SETTINGS if kind == "lif" else dict(Vth=0.4, alpha=0.4)
-        self.first, self.last_neuron = (KINDS[kind](timesteps=4, **settings) for _ in range(2))
+        self.first, self.last = (KINDS[kind](timesteps=4, **settings) for _ in range(2))
 
     def spike(self, train):
         train = spiking_layer([(self.hidden, train)], self.bn, self.first)
-        return spiking_layer([(self.head, train)], self.bn2, self.last_neuron)
+        return spiking_layer([(self.head, train)], self.bn2, self.last)
 
 
 @pytest.mark.parametrize("kind", KINDS)
