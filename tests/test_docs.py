@@ -12,7 +12,7 @@ import torch
 import cifar.program
 import imagenet.main
 import reproduce
-from models import LIFNeuron
+from models import LIFNeuron, registry
 from utils import events, recorder
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,7 @@ def blocks(page, language):
 def run_page(monkeypatch, tmp_path, capsys):
     """Run a page's Python, block after block; -> (the names that it defines, what it printed)."""
     monkeypatch.chdir(ROOT)  # as the pages say
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))  # which a page adds to
 
     def run(page):
         script = tmp_path / "page.py"
