@@ -144,10 +144,9 @@ def report_checkpoint(options):
     program = cifar if settings["model"] in cifar.MODELS else imagenet
     args = program.get_parser().parse([])
     vars(args).update(settings, compile=False, sync_bn=False)
-    require(args.model in NETWORKS, f"{file} is of {args.model}, which is no model of this repository")
-    entry = NETWORKS[args.model]
-    spiking = f"{file} is of {args.model}, an ANN; give a checkpoint of an _if or _lif model"
-    require(entry.kind != "ann", spiking)
+    entry = NETWORKS.get(args.model)
+    spiking = f"{file} is of {args.model}, an ANN or unknown; give a checkpoint of an _if or _lif model"
+    require(entry and entry.kind != "ann", spiking)
     require(not options.ann or entry.ann, f"--ann: there is no ANN of the shape of {args.model}")
     require(options.ann or not options.thresholds, "--thresholds needs the weights of an ANN: --ann FILE")
     args.path, device = options.path or args.path, choose_device(options.device)
