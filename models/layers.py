@@ -14,7 +14,6 @@ from torch import nn
 from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
-from models.neurons import Neuron, ReLU
 from models.synchronized import synchronize
 from models.trains import SpikeTrain, is_shared
 
@@ -59,7 +58,7 @@ class SpikingNetwork(nn.Module):
     @property
     def _neuron(self):
         """One of the neuron layers (of an ANN, the ReLUs), which have the same T and precision."""
-        return next(module for module in self.modules() if isinstance(module, (Neuron, ReLU)))
+        return next(module for module in self.modules() if hasattr(module, "decode"))
 
     @property
     def timesteps(self):
