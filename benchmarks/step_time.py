@@ -305,7 +305,7 @@ def main(argv=None):
     if args.peak:
         print_peak(args.peak, args)
         return
-    variants = [v for v in args.variants if v != "ann" or registry.NETWORKS[args.model].ann]
+    variants = [v for v in args.variants if registry.NETWORKS[args.model].ann or not v.startswith("ann")]
     if "peer" in variants:
         try:
             import spikingjelly.activation_based.neuron  # noqa: F401
