@@ -181,7 +181,7 @@ def build_model(args, classes, device, create_model):
     """The network of the flags, on the device."""
     settings, auto = {name: getattr(args, name) for name in MODEL_SETTINGS}, args.Vth == "auto"
     if auto:
-        settings["Vth"] = args.Vth_bound
+        settings["Vth"] = max(1.0, args.Vth_bound)
     model = create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings)
     for _, neuron in neuron_layers(model) if auto else ():  # until they are fitted: spikes of size 1
         neuron.Vth.data.fill_(max(neuron.unit, args.Vth_bound))
