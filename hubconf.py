@@ -40,7 +40,10 @@ def network(name, pretrained):
     It takes images normalised as CIFAR-10; call eval() to classify. Thresholds of one without weights should
     be fitted to its data (`models.fit_thresholds`).
     """
-    content = torch.load(PRETRAINED / f"{name}.pth", map_location="cpu", weights_only=True)
+    file = PRETRAINED / f"{name}.pth"
+    if not file.exists():
+        raise FileNotFoundError(f"{name} does not come trained yet: there is no {file}")
+    content = torch.load(file, map_location="cpu", weights_only=True)
     args = content["args"]
     settings = {key: args[key] for key in SETTINGS}
     model = create_model(args["model"], num_classes=len(content["classes"]), **settings)

@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-APART = ("tests", "benchmarks")
-FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in APART]
-FILES = [path for path in FILES if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+FOLDERS = ("cifar", "imagenet", "models", "utils")
+FILES = [*ROOT.glob("*.py"), *[path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]]
 LINES = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in FILES}
 
 
