@@ -5,7 +5,7 @@ REPOSITORY is `owner/name` on GitHub or, with source="local", a folder. `list_mo
 JPEG copy of CIFAR-10; checkpoint/README.md says how, and what it takes.
 """
 
-from pathlib import Path
+from pathlib import Path as _Path
 
 import torch
 
@@ -20,21 +20,21 @@ __all__ = [
     "resnet20_if_cifar10",
     "resnet20_lif_cifar10",
 ]
-PRETRAINED = Path(__file__).parent / "checkpoint" / "pretrained"
+PRETRAINED = _Path(__file__).parent / "checkpoint" / "pretrained"
 SETTINGS = ("timesteps", "tau", "delta_t", "alpha", "Vth_bound")
 
 
 def resnet20_if_cifar10(pretrained=False):
     """ResNet-20 of IF neurons, trained on a JPEG copy of CIFAR-10: (B, 3, 32, 32) -> logits (B, 10)."""
-    return network("resnet20_if_cifar10", pretrained)
+    return _network("resnet20_if_cifar10", pretrained)
 
 
 def resnet20_lif_cifar10(pretrained=False):
     """ResNet-20 of LIF neurons, trained on a JPEG copy of CIFAR-10: (B, 3, 32, 32) -> logits (B, 10)."""
-    return network("resnet20_lif_cifar10", pretrained)
+    return _network("resnet20_lif_cifar10", pretrained)
 
 
-def network(name, pretrained):
+def _network(name, pretrained):
     """The network with its settings of training and, if `pretrained`, its weights, thresholds among them.
 
     It takes images normalised as CIFAR-10; call eval() to classify. Thresholds of one without weights should

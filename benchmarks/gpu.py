@@ -110,8 +110,8 @@ def training(args):
         DATASETS["digits"] = SimpleNamespace(**vars(DATASETS["digits"]) | dict(load=few_digits))
         model, how = SMALL, "--epochs 1 --workers 0 --test-batch 8 --train-batch 8"
     with tempfile.TemporaryDirectory() as folder:  # whose checkpoints are too large to be kept
-        flags = f"--dataset {name} --path {args.images} -c {folder} --model {model} --device {args.device}"
-        train(f"{flags} {RECIPE} {how}".split(), lr=0.05)
+        flags = f"--dataset {name} --model {model} --device {args.device} {RECIPE} {how}"
+        train([*flags.split(), "--path", str(args.images), "-c", folder], lr=0.05)
         for ending in (".txt", ".json", ".pdf"):
             shutil.copy(Path(folder, name, model + ending), args.out / f"training{ending}")
 

@@ -5,5 +5,4 @@
 #     benchmarks/gpu.sh results --images FOLDER  # FOLDER/train/<class>/*, FOLDER/test/<class>/*
 #     benchmarks/gpu.sh results --smoke          # everything in small, on the CPU, in a minute
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec timeout 535 "${PYTHON:-python3}" -u benchmarks/gpu.py "$@"
+exec timeout 539 "${PYTHON:-python3}" -u "$(dirname "$0")/gpu.py" "$@"

@@ -66,9 +66,10 @@ def main(argv=None):
     files = reproduce.cifar.run_files(args)
     checkpoint.make_folder(files.folder)
     command = ["python", "benchmarks/peer_run.py", *(sys.argv[1:] if argv is None else argv)]
-    results.add_session(files.session, args.device, command)
     how = dict(device=choose_device(args.device), fixed=reproduce.cifar.get_parser().fixed)
-    program.run(args, files=files, **how, create_model=peer_model, fit_thresholds=fit_thresholds)
+    with reproduce.alone(files):
+        results.add_session(files.session, args.device, command)
+        program.run(args, files=files, **how, create_model=peer_model, fit_thresholds=fit_thresholds)
 
 
 if __name__ == "__main__":

@@ -191,9 +191,12 @@ def convert(cell, options):
 def run(cells, options):
     """Run what is not finished; the results are written after every cell."""
     checkpoint.make_folder(options.out, "--out")
-    for folder in (options.cifar, options.tiny):
-        require(folder.is_dir(), f"no folder {folder}; say --cifar or --tiny FOLDER, with train/<class>/*")
-    link_fifth(options.cifar, options.out / "cifar_fifth")
+    jobs = {cell.job for cell in cells}
+    for folder, users in ((options.cifar, {"cifar"}), (options.tiny, {"tiny", "convert"})):
+        there = folder.is_dir() or not jobs & users
+        require(there, f"no folder {folder}; say --cifar or --tiny FOLDER, with train/<class>/*")
+    if "cifar" in jobs:
+        link_fifth(options.cifar, options.out / "cifar_fifth")
     early = [cell for cell in cells if cell.job == "cifar"]  # seconds each, and telling
     for step in (*((look_at_start, cell) for cell in early), *plan_of(cells)):
         do(*step, options)

@@ -68,7 +68,7 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     names = sorted(file.stem for file in checkpoint.PRETRAINED.glob("*.pth"))
-    unknown = f"no network {args.network!r} comes trained; choose from: {', '.join(names)}"
+    unknown = f"no network {args.network!r} comes trained; choose from: {', '.join(names) or 'none yet'}"
     require(args.network in names, unknown)
     source = checkpoint.PRETRAINED / f"{args.network}.pth"
     content = foreign.load_run(source, "acc")

@@ -22,10 +22,10 @@ BACKWARDS = ("collapsed", "unrolled", "rate")
 
 def spiking_layer(branches, bn, neuron):
     """Sum the currents of the branches, normalise over time and batch (or not: `bn` None), fire."""
-    first = branches[0][1]
-    T = neuron.timesteps
-    if any(train.timesteps != T for _, train in branches):
-        raise ValueError(f"a train of {first.timesteps} time steps meets a neuron layer of {T}")
+    first, T = branches[0][1], neuron.timesteps
+    for _, train in branches:
+        if train.timesteps != T:
+            raise ValueError(f"a train of {train.timesteps} time steps meets a neuron layer of {T}")
     if not first.unrolled:
         spikes, mean, representation = collapsed_layer(branches, bn, neuron)
         amplitude = neuron.amplitude.detach().clone()

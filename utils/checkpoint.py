@@ -12,9 +12,8 @@ import torch
 from utils.cli import UserError, explained, refuse, warn
 from utils.foreign import load_run
 
-PRETRAINED = (
-    Path(__file__).resolve().parents[1] / "checkpoint" / "pretrained"
-)  # the networks that come trained
+# The networks that come trained.
+PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoint" / "pretrained"
 
 
 def make_folder(folder, flag="--checkpoint"):

@@ -119,9 +119,9 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
         start_thresholds(model.eval(), fit_thresholds, data, args, resumed, device)
         report(model, test, device, args.precision, files.firing_rates if args.rate_stat else None)
         return
-    start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
     train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
     run = Run(args=args, files=files, device=device, model=model, train_loader=train, test_loader=test)
+    start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
     if resumed:
         run.go_on(resumed, source)
     run.train()

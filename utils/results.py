@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from utils import checkpoint, foreign
-from utils.cli import choose_device, explained
+from utils.cli import UserError, choose_device, explained, warn
 from utils.records import RunFiles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,11 @@ def epochs_done(files, epochs):
     """The rows of a run's log; a run killed just after its checkpoint has the last row in that alone."""
     rows = foreign.read_log(files.log) if files.log.exists() else []
     if files.checkpoint.exists() and len(rows) < epochs:
-        content = foreign.load(files.checkpoint)
+        try:
+            content = foreign.load(files.checkpoint)
+        except UserError as error:  # the run goes on from an older one
+            warn(error)
+            return rows
         if content.get("args", {}).get("started") == checkpoint.started(files.arguments):  # not of before
             rows = content.get("log", rows)
     return rows
