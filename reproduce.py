@@ -17,11 +17,9 @@ import argparse
 import shlex
 import sys
 import zlib
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Subset
 
 from cifar import program as cifar
@@ -31,7 +29,7 @@ from models import create_model
 from models.registry import NETWORKS
 from utils import checkpoint, curves, foreign, pretrained, report, results
 from utils.calibration import load_thresholds
-from utils.cli import Parser, choose_device, explained, number, refuse, require, run_program
+from utils.cli import Parser, choose_device, number, refuse, require, run_program
 from utils.data import load_data
 from utils.program import build_model, count, load
 from utils.quantized import round_weights
@@ -96,20 +94,10 @@ def run(row, seeds, flags, command):
             print(f"{row}, seed {seed}, is finished: {result}")
             continue
         checkpoint.make_folder(files.folder)
-        with alone(files):
+        with results.alone(files):
             results.add_session(files.session, args.device, command)
             print("python", PROGRAMS[row].SCRIPT, shlex.join(argv), flush=True)
             PROGRAMS[row].main(argv)
-
-
-@contextmanager
-def alone(files):
-    """While open, no other process runs what leaves these files; UserError if one does."""
-    running = f"{files.session.stem} is running already; wait for it or stop it"
-    with explained(lambda _: running, Timeout):
-        lock = FileLock(files.lock, timeout=0).acquire()
-    with lock:
-        yield
 
 
 def find_runs(folder):

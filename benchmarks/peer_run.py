@@ -67,7 +67,7 @@ def main(argv=None):
     checkpoint.make_folder(files.folder)
     command = ["python", "benchmarks/peer_run.py", *(sys.argv[1:] if argv is None else argv)]
     how = dict(device=choose_device(args.device), fixed=reproduce.cifar.get_parser().fixed)
-    with reproduce.alone(files):
+    with results.alone(files):
         results.add_session(files.session, args.device, command)
         program.run(args, files=files, **how, create_model=peer_model, fit_thresholds=fit_thresholds)
 

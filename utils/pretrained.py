@@ -27,8 +27,6 @@ def publish(name, folder, content, sessions, *, trained_on, test, count_correct)
     of the archive's images the network gets right.
     """
     args, made = content["args"] | dict(trained_on=trained_on), dict(network=name, trained_on=trained_on)
-    relative = not Path(args["path"]).is_absolute()
-    require(relative, f"the run's --path {args['path']} would be published; run it with a relative one")
     kept = {key: content[key] for key in ("epoch", "iteration", "acc", "best_acc", "state_dict", "log")}
     checkpoint.make_folder(folder, "--out")
     archive, weights = folder / ARCHIVE, folder / f"{name}.pth"

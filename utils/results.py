@@ -5,10 +5,12 @@ import platform
 import shlex
 import statistics
 import subprocess
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from utils import checkpoint, foreign
 from utils.cli import UserError, choose_device, explained, warn
@@ -48,6 +50,16 @@ def epochs_done(files, epochs):
         if content.get("args", {}).get("started") == checkpoint.started(files.arguments):  # not of before
             rows = content.get("log", rows)
     return rows
+
+
+@contextmanager
+def alone(files):
+    """While open, no other process runs what leaves these files; UserError if one does."""
+    running = f"{files.session.stem} is running already; wait for it or stop it"
+    with explained(lambda _: running, Timeout):
+        lock = FileLock(files.lock, timeout=0).acquire()
+    with lock:
+        yield
 
 
 def add_session(record, device, command):

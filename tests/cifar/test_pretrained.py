@@ -55,7 +55,7 @@ def test_every_network_gets_right_what_its_json_says(tiny):
         made = json.loads(file.read_text())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hubconf, "PRETRAINED", file.parent)
-            model = hubconf.network(made["network"], pretrained=True)
+            model = hubconf._network(made["network"], pretrained=True)
         assert count_correct(model, file.parent / made["images"]) == made["images_correct"]
         assert "JPEG" in made["trained_on"] or file.parent == tiny
         assert made.keys() >= {"command", "commit", "hardware", "torch", "manualSeed", "epochs"}
@@ -74,7 +74,7 @@ def test_a_published_network_is_its_run(tiny):
     files = {f"{f.parent.name}/{f.name}": f.read_bytes() for f in test.rglob("*.png")}
     assert shipped == files
     see = t.Compose([t.Resize(32), t.CenterCrop(32), t.ToTensor(), CIFAR10])
-    model, right = hubconf.network("tiny_lif", pretrained=True).double().eval(), 0
+    model, right = hubconf._network("tiny_lif", pretrained=True).double().eval(), 0
     for file in test.rglob("*.png"):
         logits = model(see(Image.open(file))[None].double())
         right += weights["classes"][logits.argmax()] == file.parent.name
