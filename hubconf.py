@@ -37,8 +37,8 @@ def resnet20_lif_cifar10(pretrained=False):
 def _network(name, pretrained):
     """The network with its settings of training and, if `pretrained`, its weights, thresholds among them.
 
-    It takes images normalised as CIFAR-10; call eval() to classify. Thresholds of one without weights should
-    be fitted to its data (`models.fit_thresholds`).
+    It takes images normalised as CIFAR-10; call eval() to classify. `models.fit_thresholds` fits the
+    thresholds of one without weights to its data.
     """
     file = PRETRAINED / f"{name}.pth"
     if not file.exists():

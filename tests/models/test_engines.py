@@ -65,7 +65,7 @@ def outcome(layer, engine, train_of):
     return [out.spikes.dense(), out.mean, out.representation, *grads, *buffers]
 
 
-def assert_engines_agree(layer, train_of):
+def assert_engines_agree(layer, train_of, atol=1e-10):
     for module in (*layer[0], layer[1]):  # a representation of exactly 0 would be a tie
         for norm in module.modules() if module else ():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
@@ -76,7 +76,7 @@ def assert_engines_agree(layer, train_of):
     )
     assert torch.equal(got[0], expected[0])  # the same spikes
     for a, b in zip(got[1:], expected[1:]):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=atol)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
@@ -137,7 +137,8 @@ def test_what_the_kernels_do_not_take_goes_the_dense_way(float64):
 def test_tiles_beyond_what_16_bits_name(T, shape, float64):
     """Many steps of wide images, and images of many pixels: more cells in a tile than 16 bits tell apart."""
     layer = [nn.Conv2d(16, 64, 3, padding=1)], nn.BatchNorm2d(64), NEURONS["lif"](T)
-    assert_engines_agree(layer, lambda engine, k: spike_train(T, 2, shape, 0.02, engine))
+    atol = 1e-9 if shape[1] == 300 else 1e-10  # sums over 180,000 outputs round more
+    assert_engines_agree(layer, lambda engine, k: spike_train(T, 2, shape, 0.02, engine), atol)
 
 
 def test_a_train_denser_than_the_limit_goes_the_dense_way(float64):
