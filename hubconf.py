@@ -9,17 +9,9 @@ from pathlib import Path as _Path
 
 import torch
 
-from models import IFNeuron, LIFNeuron, create_model, list_models
+from models import IFNeuron, LIFNeuron, create_model, list_models  # noqa: F401  (entry points as well)
 
 dependencies = ["torch"]
-__all__ = [
-    "IFNeuron",
-    "LIFNeuron",
-    "create_model",
-    "list_models",
-    "resnet20_if_cifar10",
-    "resnet20_lif_cifar10",
-]
 PRETRAINED = _Path(__file__).parent / "checkpoint" / "pretrained"
 SETTINGS = ("timesteps", "tau", "delta_t", "alpha", "Vth_bound")
 

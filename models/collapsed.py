@@ -5,9 +5,9 @@ all that it needs from above is a (weighted) mean over time; between two neuron 
 and batch norms. So gradients travel as tensors (B, ...), and what a weight needs of the T steps is one tensor
 of its own shape, which the forward pass computes. The layer, with k counting its branches:
 
-    y_t = sum_k L_k(s^k_t);    z_t = gamma*yhat_t + beta,  yhat_t = (y_t - mu)/sigma;    o_t = neuron(z_t)
+    y_t = sum_k L_k(s^k_t);    x_t = gamma*yhat_t + beta,  yhat_t = (y_t - mu)/sigma;    o_t = neuron(x_t)
 
-With g the gradient at every o_t, G = gain*g where the clamp passes the representation of z, else 0,
+With g the gradient at every o_t, G = gain*g where the clamp passes the representation of x, else 0,
 a = gamma/sigma, and m1, m2 the means of G and of G*mean_t(yhat) over batch and space, batch norm gives
 
     dL/dy_t = A + c*y_t    with c = -a*m2/sigma,  A = a*G + d,  d = a*(m2*mu/sigma - m1)
@@ -40,7 +40,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from models.engines.interface import Branch, affine
-from models.functional import Clamp, along_channels
+from models.functional import Clamp, along_channels, per_channel
 from models.records import BranchRecord, InnerRecord, PerBranch, Record, per_branch, stow, unstow
 from models.synchronized import means, normalization
 
@@ -52,15 +52,10 @@ class Layer:
     branches: list  # of (linear map, batch norm of its own or None, spike train)
     bn: nn.Module | None
     neuron: nn.Module
-    engine: object
-    rate_only: bool
+    first: object  # the first branch's train: engine, backward and static are the same in all
     dtype: torch.dtype  # of spikes as tensors, and of the convolutions that take them
     needed: bool  # will there be a backward pass
     spikes: object = None
-
-    @property
-    def static(self):
-        return self.branches[0][-1].static
 
 
 def collapsed_layer(branches, bn, neuron):
@@ -77,15 +72,7 @@ def collapsed_layer(branches, bn, neuron):
     device, dtype = neuron.Vth.device.type, neuron.Vth.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    layer = Layer(
-        branches,
-        bn,
-        neuron,
-        first.engine,
-        rate_only=first.backward == "rate",
-        dtype=dtype,
-        needed=torch.is_grad_enabled(),
-    )
+    layer = Layer(branches, bn, neuron, first, dtype, needed=torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         flat = [tensor for of_branch in inputs for tensor in of_branch]
         mean, representation = CollapsedLayer.apply(layer, neuron.Vth, *affine(bn), *flat)
@@ -98,7 +85,7 @@ class CollapsedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer, Vth, gamma, beta, *inputs):
         inputs, needs = per_branch(inputs), per_branch(ctx.needs_input_grad[4:])
-        neuron, engine = layer.neuron, layer.engine
+        neuron, engine = layer.neuron, layer.first.engine
         frozen = layer.bn is None or not layer.bn.training
         inner = [inner_norm(layer, *branch, need) for branch, need in zip(layer.branches, needs)]
         folded = [
@@ -116,9 +103,8 @@ class CollapsedLayer(torch.autograd.Function):
         neuron.report_spikes(layer.spikes)
         if not layer.needed:
             return None, None
-        clamp = Clamp(
-            moments.y_repr, norm.a, norm.shift, neuron.ceiling.detach().clone(), neuron.closed, neuron.gain
-        )
+        ceiling = neuron.ceiling.detach().clone()
+        clamp = Clamp(moments.y_repr, norm.a, norm.shift, ceiling, neuron.closed, neuron.gain)
         record = Record(norm, clamp, moments.y_mean)
         Qs = seen.Qs if seen else [None] * len(folded)
         for branch, x, own, Q, need in zip(folded, inputs, inner, Qs, needs):
@@ -137,11 +123,12 @@ class CollapsedLayer(torch.autograd.Function):
     def backward(ctx, _mean, g):
         record, neuron, engine, T = unstow(ctx), ctx.neuron, ctx.engine, ctx.neuron.timesteps
         norm, n = record.norm, g.numel() // g.shape[1]
-        clamped = engine.clamped(record.clamp, g)
+        clamped = engine.clamped(record.clamp, g)  # S1, S2: per channel, sums of G and of G*(mean_t(y) - mu)
         S1, S2, above = clamped.sums(record.y_mean, norm.mu)
         S2 = S2 / norm.sigma
         m1, m2 = means(S1, S2, n, norm)
         c, d = -norm.a * m2 / norm.sigma, norm.a * (m2 * norm.mu / norm.sigma - m1)
+        # the sum of A + c*y_t over time, batch and space; local_mean: the mean of y_t in this process
         of_biases = T * (norm.a * S1 + n * (d + c * norm.local_mean))
         layer = LayerGradient(engine, record, clamped, c, d, T, of_biases)
         grads = []
@@ -175,7 +162,7 @@ class LayerGradient:
         grads, linear = {}, branch.linear
         if need.representation:
             grad = self.at(self.record.clamp.r)
-            grads["representation"] = transpose(self.engine, branch, grad)
+            grads["representation"] = self.engine.transpose(linear, branch.weight, grad, branch.mean)
         if need.weight:
             constant = self.at(self.record.y_mean if branch.Q is None else None, times=self.T)
             Qs = [] if branch.Q is None else [(self.c, branch.Q)]
@@ -191,6 +178,7 @@ def behind_inner_norm(layer, branch, need):
     y_mean, y_repr = layer.record.y_mean, layer.record.clamp.r
     A, n = layer.at(None), y_mean.numel() // y_mean.shape[1]
     S1 = layer.sum
+    # the sum of (A + c*y_t)*(y^d_t - mu_d): the part of A, then that of c*y_t
     S2 = per_channel(A * (own.y_mean - along_channels(norm.mu, A)))
     S2 = (T * S2 + c * (own.cross - T * norm.mu * per_channel(y_mean))) / norm.sigma
     m1, m2 = means(S1, S2, T * n, norm)
@@ -202,7 +190,8 @@ def behind_inner_norm(layer, branch, need):
 
     grads = {"gamma": S2, "beta": S1} if norm.module.affine else {}
     if need.representation:
-        grads["representation"] = transpose(engine, branch, at(y_repr, own.y_repr))
+        grad = at(y_repr, own.y_repr)
+        grads["representation"] = engine.transpose(branch.linear, branch.weight, grad, branch.mean)
     if need.weight:
         y = 0 if branch.Q is not None else y_mean
         y_d = 0 if own.Q is not None else own.y_mean
@@ -220,7 +209,9 @@ def inner_norm(layer, linear, inner, train, need):
     weight, bias = affine(linear)
     seen = None
     if inner.training:
-        currents = layer.engine.currents([Branch(linear, weight, bias, train)], layer.neuron, layer.dtype)
+        currents = layer.first.engine.currents(
+            [Branch(linear, weight, bias, train)], layer.neuron, layer.dtype
+        )
         seen = currents.observe([layer.needed and wants_Q(layer, linear, need)])
     norm = normalization(inner, seen, *affine(inner), like=layer.neuron.Vth)
     if not layer.needed:
@@ -231,8 +222,9 @@ def inner_norm(layer, linear, inner, train, need):
 
 
 def wants_Q(layer, linear, need):
-    """Whether the weight's gradient takes Q of a batch norm that trains, not its approximation."""
-    return need.weight and not layer.static and not (layer.rate_only and isinstance(linear, nn.Conv2d))
+    """Whether the weight's gradient takes Q of a batch norm that trains; what stays the same needs none."""
+    rate_only = layer.first.backward == "rate" and isinstance(linear, nn.Conv2d)
+    return need.weight and not layer.first.static and not rate_only
 
 
 def cross_sum(x, Q, y_mean, T):
@@ -260,15 +252,3 @@ def split(linear, static):
     if inner is not None and static:
         raise ValueError("a branch on the image itself cannot have a batch norm of its own")
     return linear, inner
-
-
-def transpose(engine, branch, grad):
-    """L^T(grad)."""
-    if branch.weight is None:
-        return grad
-    return engine.transpose(branch.linear, branch.weight, grad, like=branch.mean)
-
-
-def per_channel(x):
-    """Sum over all but the channels."""
-    return x.sum([0, *range(2, x.dim())])

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
     """The dynamics: U = lam*V + scale*y_t + shift; s_t = 1 where U >= firing_point, else 0; V = U - Vth*s_t.
 
-    With x_t = y_t: IF has lam = scale = 1, LIF (lam, scale) = `leak(tau, delta_t)`; firing_point = alpha*Vth.
+    scale and shift fold kappa and the batch norm x_t = a*y_t + b: kappa*a and kappa*b, with (lam, kappa) the
+    neuron's `leak`. firing_point = alpha*Vth.
     steps: the y_t, T tensors (B, ...), or one for all; spikes: T tensors of that shape to write the s_t to,
     which may be the y_t.
     Returns for every w of `weights`, T numbers each, the pair (sum_t w_t*y_t, sum_t w_t*s_t).
@@ -93,6 +94,11 @@ def along_channels(v, x):
     return v.view(-1, *[1] * (x.dim() - 2))
 
 
+def per_channel(x):
+    """Sum over all but the channels: (N, C, ...) -> (C,)."""
+    return x.sum([0, *range(2, x.dim())])
+
+
 class Read(torch.autograd.Function):
     """What a loss reads from a spike train, with the gradient in the convention of its representation.
 
@@ -116,10 +122,11 @@ class Read(torch.autograd.Function):
 class DSR(torch.autograd.Function):
     """Spikes in the forward pass, the derivative of the map on representations in the backward (section 4).
 
-    currents (T, B, ...) -> spikes (T, B, ...) by `neuron.fire`. With r the representation of the currents, g
+    currents (T, B, ...) -> spikes (T, B, ...) by `neuron.fire`. With x the representation of the currents, g
     that of the incoming gradient, every step of the currents receives G = `neuron.gain` * g where the clamp
-    passes r, else 0, and Vth receives `neuron.Vth_gain` * sum of g over the elements whose r lies above the
-    clamp.
+    passes x, else 0, and Vth receives `neuron.Vth_gain` * sum of g over the elements whose x lies above the
+    clamp. Of IF: dL/drate(o) = T*g and drate(x)/dx_t = 1/T, so T cancels for x_t and stays for Vth; LIF keeps
+    this form with weighted means.
     """
 
     @staticmethod

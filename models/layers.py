@@ -15,7 +15,7 @@ from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
 from models.synchronized import synchronize
-from models.trains import SpikeTrain, is_shared
+from models.trains import SpikeTrain
 
 BACKWARDS = ("collapsed", "unrolled", "rate")
 
@@ -31,17 +31,16 @@ def spiking_layer(branches, bn, neuron):
         amplitude = neuron.amplitude.detach().clone()
         parts = dict(amplitude=amplitude, mean=mean, representation=representation, neuron=neuron)
         return SpikeTrain(spikes, T, first.backward, first.engine, **parts)
-    first, *rest = [linear(train.spikes) for linear, train in branches]
-    currents = sum(rest, start=first)
+    currents, *others = [linear(train.spikes) for linear, train in branches]
+    currents = sum(others, start=currents)
     return SpikeTrain(neuron(currents if bn is None else bn(currents)), T, neuron=neuron)
 
 
 class SpikingNetwork(nn.Module):
     """Vectors (B, F), images (B, C, H, W) or event frames (B, T, ...) of either to logits (B, classes).
 
-    A subclass defines `spike`, from the input's train to the last layer's. backward: "collapsed" (exact, see
-    `collapsed`), "unrolled" (the same, literally) or "rate" (an approximation). engine: "auto", "dense" or
-    "events" (see `engines`).
+    A subclass defines `spike`, from the input's train to the last layer's. backward and engine: as of
+    `create_model`.
     """
 
     def __init__(self, backward="collapsed", engine="auto"):
@@ -98,6 +97,7 @@ class SpikingNetwork(nn.Module):
         layout = torch.channels_last if steps.dim() == 4 else torch.contiguous_format
         engine, _ = self.engine_in_use(x.device)
         frames = Spikes(steps.contiguous(memory_format=layout))
+        # of the representation only the shape counts: nobody asks for the gradient of the input here
         return SpikeTrain(frames, T, self.backward, engine, None, mean, mean, static)
 
     def collapsible(self, x):
@@ -105,7 +105,7 @@ class SpikingNetwork(nn.Module):
         if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
             return False
         drops = [m for m in self.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
-        if all(map(is_shared, drops)):
+        if all(getattr(drop, "shared", False) for drop in drops):
             return True
         warnings.warn("dropout with a mask a time step: the backward pass unrolls time", stacklevel=2)
         return False

@@ -24,9 +24,10 @@ class Neuron(nn.Module):
     A subclass states what differs from IF (docs/own_network.md has a whole one):
     time_constants: the names of its own settings. leak: the factors of V and x_t in U. weights: those of its
     representation, T numbers that sum up to 1 (None: all alike). unit: a spike has the value Vth/unit.
-    gain: of its map on representations, x -> clamp(gain*x, 0, gain*ceiling). ceiling: where the spikes that
-    come at every step leave off. closed: whether the gradient passes at both ends. Vth_gain: factor of the
-    threshold's gradient. dynamics: the loop over time, `functional.membrane` or one with its arguments.
+    gain: of its map on representations, x -> clamp(gain*x, 0, gain*ceiling). ceiling: the largest x that it
+    passes, at which a spike comes at every step: amplitude/gain. closed: whether the gradient passes at both
+    ends. Vth_gain: factor of the threshold's gradient. dynamics: the loop over time, `functional.membrane` or
+    one with its arguments.
     """
 
     time_constants = ()
@@ -150,8 +151,9 @@ class LIFNeuron(Neuron):
     Representations: wrate(out) ~ clamp(wrate(x)/tau, 0, Vth/delta_t). Its gradient passes, divided by tau,
     where 0 < wrate(x) < Vth*tau/delta_t, and grad Vth = Vth_grad_scale * delta_t * T * sum of the weighted
     mean gradient where wrate(x) lies above. The derivative of the clamp has 1/delta_t where this has delta_t;
-    the published results were trained with delta_t, so it stands (section 4.2). Beside the settings of
-    `Neuron`: tau, time constant of the membrane, and delta_t, length of a time step, in one unit of time.
+    the published results were trained with delta_t, so it stands (section 4.2). The slope 1/tau stands for
+    (1 - lam)/delta_t, its limit for small delta_t/tau, as published. Beside the settings of `Neuron`: tau,
+    time constant of the membrane, and delta_t, length of a time step, in one unit of time.
     """
 
     time_constants = ("tau", "delta_t")

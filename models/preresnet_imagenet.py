@@ -23,8 +23,7 @@ def downsample(in_channels, out_channels, stride):
 class ImageNetPreActResNet(SpikingNetwork):
     """PreAct-ResNet on images of any size, as of 224x224: (B, 3, H, W) -> logits (B, num_classes).
 
-    `block(in_channels, channels, stride)` gives the shapes of a block's convolutions, `depths` count the
-    blocks of the four stages, `activation()` makes the neuron layers or an ANN's ReLUs. An activation also
+    `block` and `activation` as in `PreActResNet`, `depths` count the blocks of the stages. An activation also
     stands behind the last pool and at the very end, in the ANN too: its weights are those of the SNN.
     """
 

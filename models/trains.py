@@ -97,17 +97,12 @@ class SpikeTrain:
         """After dropout, with a mask for each time step or, from a `Dropout` that says so, one for all."""
         if not (dropout.training and dropout.p):
             return self
-        if not is_shared(dropout):
+        if not getattr(dropout, "shared", False):  # as torch's own
             return self.at_every_step(dropout)
         values = self.values()
         shape = len(values) // (1 if self.static else self.timesteps), *values.shape[1:]
         mask = dropout(torch.ones(shape, device=values.device))
         return self.at_every_step(lambda x: (x.unflatten(0, (-1, len(mask))) * mask).flatten(0, 1))
-
-
-def is_shared(dropout):
-    """Whether all time steps share a mask."""
-    return isinstance(dropout, Dropout) and dropout.shared
 
 
 def check_linear(function, like):

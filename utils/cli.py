@@ -35,8 +35,13 @@ def require(condition, message):
 def refuse(what, wrong):
     """Raise UserError with the first three of what is `wrong`, if anything is."""
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{what}: {', '.join(wrong[:3])}{more}")
+        raise UserError(f"{what}: {few(wrong)}")
+
+
+def few(names):
+    """The first three of a list, in words."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torchvision import datasets
 from torchvision import transforms as t
 from torchvision.datasets.folder import default_loader
 
-from utils.cli import explained, require
+from utils.cli import explained, refuse
 from utils.distributed import rank, world_size
 from utils.signals import leave_group
 
@@ -62,10 +62,8 @@ def augmentation(*finish, flip=True):
 def cifar(path, dataset, normalize, **_):
     """CIFAR-10 or CIFAR-100 as torchvision reads it, downloaded on first use."""
     name, test_steps = dataset.__name__.lower(), t.Compose([t.ToTensor(), normalize])
-    advice = f"put {dataset.filename} there"  # no network, a broken download, a path that cannot be written
-    with explained(
-        lambda why: f"no {name} in {path} and no download ({why}); {advice}", OSError, RuntimeError
-    ):
+    missing, advice = f"no {name} in {path} and no download", f"put {dataset.filename} there"
+    with explained(lambda why: f"{missing} ({why}); {advice}", OSError, RuntimeError):
         train = dataset(path, train=True, download=True, transform=augmentation(normalize))
         return train, dataset(path, train=False, transform=test_steps)
 
@@ -90,8 +88,7 @@ def read_folders(train, test, augment, steps):
     """Two ImageFolders, with the transforms `augment` and `steps`; UserError if their classes differ."""
     train, test = read_folder(train, augment), read_folder(test, steps)
     both = f"{train.root} and {test.root} must hold the same class folders"
-    differing = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-    require(not differing, f"{both}; they differ in: {differing}")
+    refuse(f"{both}; they differ in", sorted(set(train.classes) ^ set(test.classes)))
     return train, test
 
 

@@ -19,12 +19,11 @@ ARCHIVE, PER_CLASS = "test_images.tar.xz", 20
 SEE = t.Compose([t.Resize(32), t.CenterCrop(32), t.ToTensor(), CIFAR10])
 
 
-def publish(name, folder, content, sessions, *, trained_on, test, count_correct):
+def publish(name, folder, content, sessions, *, trained_on, test, model):
     """Write `<folder>/<name>.pth` and `.json`, of a finished run, and the archive of test images.
 
     content: the run's last checkpoint; of it the optimizer is left out. sessions: from the run's .run.json.
-    trained_on: the data, in words for every label. test: an ImageFolder. count_correct(archive) -> how many
-    of the archive's images the network gets right.
+    trained_on: the data, in words for every label. test: an ImageFolder. model: the network.
     """
     args, made = content["args"] | dict(trained_on=trained_on), dict(network=name, trained_on=trained_on)
     kept = {key: content[key] for key in ("epoch", "iteration", "acc", "best_acc", "state_dict", "log")}
@@ -37,7 +36,7 @@ def publish(name, folder, content, sessions, *, trained_on, test, count_correct)
     made |= dict(best_accuracy_chosen_by_test_set=round(content["best_acc"], 4), test_images=len(test))
     for what in ("command", "commit", "hardware", "torch"):
         made[what] = sorted({session[what] for session in sessions})
-    made |= dict(images=ARCHIVE, images_correct=count_correct(archive))
+    made |= dict(images=ARCHIVE, images_correct=count_correct(model, archive))
     checkpoint.save_text(json.dumps(made, indent=2) + "\n", folder / f"{name}.json")
 
 

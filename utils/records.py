@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.checkpoint import make_folder, save, save_text
+from utils.checkpoint import save, save_text
 
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
 
@@ -26,10 +26,6 @@ class RunFiles:
         self.lock = self.folder / f".{stem}.lock"
         self.firing_rates = self.folder / f"{stem}_firing_rate.dict"
         self.tensorboard = self.folder / stem
-
-    def create(self):
-        """Make the folders, or raise UserError where nothing can be written."""
-        make_folder(self.tensorboard)
 
 
 class Recorder:

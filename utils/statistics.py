@@ -2,7 +2,7 @@
 
 import platform
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -36,12 +36,10 @@ def count_spikes(model):
         fired = spikes.count()
         counts[name] += torch.stack([fired, torch.full_like(fired, spikes.shape.numel())])
 
-    handles = [neuron.register_spike_hook(partial(count, name)) for name, neuron in neurons.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, neuron in neurons.items():
+            hooks.enter_context(neuron.register_spike_hook(partial(count, name)))
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def firing_rates(counts):

@@ -3,7 +3,7 @@
 import torch
 
 from utils import distributed
-from utils.cli import warn
+from utils.cli import few, warn
 from utils.data import mix_seed, unaugmented
 from utils.statistics import neuron_layers, published_name
 
@@ -57,12 +57,9 @@ def table(fits, applied):
     lines = [f"{'layer':20} {figures}" + ("" if applied else f"  auto:{figures[6:]}")]
     for layer, fit in fits.items():
         shown = [fit.fitted] if applied else [fit.given, fit.fitted]
-        lines.append(" ".join([f"{layer:20}", *map(cells, shown)]))
+        cells = [f"{f.Vth:10.4g} {100 * f.error:8.1f} {100 * f.rate:8.1f}" for f in shown]
+        lines.append(" ".join([f"{layer:20}", *cells]))
     return lines
-
-
-def cells(fit):
-    return f"{fit.Vth:10.4g} {100 * fit.error:8.1f} {100 * fit.rate:8.1f}"
 
 
 def warn_of_thresholds(fits, applied):
@@ -74,9 +71,3 @@ def warn_of_thresholds(fits, applied):
     if poor and not applied:
         what = f"{len(poor)} of {len(fits)} layers lose more than half of what their currents represent"
         warn(f"{what}: {few(poor)}; --Vth auto starts every layer at a threshold that fits the data")
-
-
-def few(layers):
-    """The first names of a list."""
-    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-    return ", ".join(layers[:3]) + more

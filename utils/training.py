@@ -168,7 +168,7 @@ class Run:
             print(f"nothing left to train: {self.epoch} of {args.epochs} epochs are done")
             return
         if rank() == 0:
-            self.files.create()
+            checkpoint.make_folder(self.files.tensorboard)
             arguments = json.dumps(vars(args), indent=2, sort_keys=True) + "\n"
             checkpoint.save_text(arguments, self.files.arguments)
             self.recorder = Recorder(self.files, self.epoch, self.rows)

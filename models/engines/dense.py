@@ -8,7 +8,7 @@ from torch import nn
 
 from models import functional
 from models.engines.interface import Moments, Observation
-from models.functional import along_channels
+from models.functional import along_channels, per_channel
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class DenseEngine:
         return Q
 
     def transpose(self, linear, weight, grad, like):
+        if weight is None:  # the identity
+            return grad
         if isinstance(linear, nn.Linear):
             return grad @ weight
         return convolution_backward(linear, weight, like, grad, [True, False, False], linear.stride)[0]
@@ -166,13 +168,10 @@ def charge(y, branch, dtype):
     if isinstance(branch.linear, nn.Linear):
         current = F.linear(spikes.dense(weight.dtype), weight, branch.bias)
     else:
-        bias = None if branch.bias is None else branch.bias.to(dtype)
-        current = convolution(branch.linear, spikes.dense(dtype), weight.to(dtype), bias)
+        conv, bias = branch.linear, None if branch.bias is None else branch.bias.to(dtype)
+        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        current = F.conv2d(spikes.dense(dtype), weight.to(dtype), bias, *geometry)
     return current if y is None else y.add_(current)
-
-
-def convolution(conv, x, weight, bias):
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def convolution_backward(conv, weight, x, grad, mask, stride):
@@ -212,8 +211,3 @@ def correlation_of_patches(conv, x, grad, stride):
         patches = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1]).movedim(3, -1)
         Q.addmm_(patches.reshape(-1, len(Q)).t(), grads.movedim(1, -1).reshape(-1, grad.shape[1]))
     return Q.view(height, width, x.shape[1], -1).permute(3, 2, 0, 1)
-
-
-def per_channel(x):
-    """Sum over all but the channels."""
-    return x.sum([0, *range(2, x.dim())])

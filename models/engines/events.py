@@ -215,10 +215,9 @@ class Currents:
         Qs = [None] * len(wanted)
         for k, branch in enumerate(self.branches):
             if wanted[k]:
-                Qs[k] = PackedQ(
-                    self.layer.new_Q(branch.weight, branch.train.spikes.padded), branch.train.amplitude
-                )
-                self.layer.branches[k].Q = Qs[k].blocks.data_ptr()
+                Q = self.layer.new_Q(branch.weight, branch.train.spikes.padded)
+                Qs[k] = PackedQ(Q, branch.train.amplitude)
+                self.layer.branches[k].Q = Q.data_ptr()
         n = self.layer.images * self.layer.height * self.layer.width
         mean, squares = self.layer.sums()[:, : self.shape[1]] / n
         var = (squares - mean.square()).clamp_(min=0)

@@ -10,7 +10,8 @@
         .affine(a, d, c, sequence)       -> a*G + d + c*sequence, (B, ...); a*G + d if the sequence is None
     weight_gradient(linear, x, g, Qs)    -> the gradient of the map's weight for input x and output gradient
                                          g, (B, ...), plus c*Q for each (c, Q)
-    transpose(linear, weight, g, like)   -> the gradient of the map's input, of the shape of `like`
+    transpose(linear, weight, g, like)   -> the gradient of the map's input, of the shape of `like`;
+                                         weight None: the identity
     unpacked(Q, shape)                   -> Q as a tensor in the shape of its weight
 
 Vectors (scale, shift, mu, a, d, c) hold one number a channel. What a layer emits, its spikes, is known to its

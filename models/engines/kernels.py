@@ -18,50 +18,34 @@ SCATTER_TO = 0.13  # faster for layers of one word, as long as fewer neurons of 
 CELLS = 2**16  # of a tile at most: 16 bits name one
 TILE_A, TILE_B, TILE_SPLIT = 256, 640, 1280  # outputs of a tile of pass A and of pass B; of both, if split
 
-
 POINTER, DOUBLE, INT, LONG = ctypes.c_void_p, ctypes.c_double, ctypes.c_int, ctypes.c_int64
+
+
+def fields(kind, names):
+    """The fields of a structure that have one kind."""
+    return [(name, kind) for name in names.split()]
 
 
 class BranchArguments(ctypes.Structure):
     """`Branch` of events.cpp; so are the next three its `Layer`, `Firing` and `Clamp`."""
 
-    _fields_ = [(name, POINTER) for name in ["bits", "active", "base", "ptr", "weights", "values", "Q"]]
-    _fields_ += [("scale", DOUBLE)]
-    _fields_ += [(name, INT) for name in ["H", "W", "C", "k", "s", "p", "still"]]
+    _fields_ = fields(POINTER, "bits active base ptr weights values Q") + fields(DOUBLE, "scale")
+    _fields_ += fields(INT, "H W C k s p still")
 
 
 class LayerArguments(ctypes.Structure):
-    _fields_ = [("branches", POINTER), ("bias", POINTER)]
-    _fields_ += [
-        (name, INT)
-        for name in [
-            "n_branches",
-            "T",
-            "B",
-            "H",
-            "W",
-            "O",
-            "OB",
-            "scatter",
-            "split",
-            "frames",
-            "images",
-            "rows",
-        ]
-    ]
+    _fields_ = fields(POINTER, "branches bias")
+    _fields_ += fields(INT, "n_branches T B H W O OB scatter split frames images rows")
 
 
 class FiringArguments(ctypes.Structure):
-    _fields_ = [(name, DOUBLE) for name in ["lam", "point", "Vth", "of_y", "of_mean", "of_repr"]]
-    _fields_ += [
-        (name, POINTER) for name in ["scale", "shift", "w", "y_mean", "y_repr", "mean", "repr", "bits"]
-    ]
+    _fields_ = fields(DOUBLE, "lam point Vth of_y of_mean of_repr")
+    _fields_ += fields(POINTER, "scale shift w y_mean y_repr mean repr bits")
 
 
 class ClampArguments(ctypes.Structure):
-    _fields_ = [(name, POINTER) for name in ["g", "y_repr", "scale", "shift"]]
-    _fields_ += [(name, DOUBLE) for name in ["low", "high", "ceiling", "gain"]]
-    _fields_ += [("M", LONG), ("C", LONG)]
+    _fields_ = fields(POINTER, "g y_repr scale shift") + fields(DOUBLE, "low high ceiling gain")
+    _fields_ += fields(LONG, "M C")
 
 
 class Kernels:
@@ -141,28 +125,23 @@ class KernelLayer:
 
     def add(self, shape, linear=None, scale=1.0, still=False, **tensors):
         """A branch with an input of `shape` (rows, H, W, C): bits, active, base, ptr, weights, values, Q."""
-        kernel, stride, padding = geometry(linear)
-        numbers = dict(
-            H=shape[1], W=shape[2], C=shape[3], k=kernel[0], s=stride[0], p=padding[0], still=still
-        )
+        (_, H, W, C), ((k, _), (s, _), (p, _)) = shape, geometry(linear)
+        numbers = dict(H=H, W=W, C=C, k=k, s=s, p=p, still=still, scale=scale)
         pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        self.branches.append(BranchArguments(**pointers, **numbers, scale=scale))
+        self.branches.append(BranchArguments(**pointers, **numbers))
         self.kept.append(tensors)
 
     def new_Q(self, weight, inputs):
         """Zeros for a Q of `inputs` channels, whole words."""
-        rows = inputs * weight[0, 0].numel()
-        return self.like.new_zeros(
-            1 if self.split else self.threads, self.channels // self.block, rows, self.block
-        )
+        rows, copies = inputs * weight[0, 0].numel(), 1 if self.split else self.threads
+        return self.like.new_zeros(copies, self.channels // self.block, rows, self.block)
 
     def tile(self, of_a, of_b):
         """Choose the tiles of the passes: so many outputs."""
         pixels, batch = self.height * self.width, self.images // self.timesteps
         share, T = 1 if self.split else self.threads, self.timesteps
-        self.frames = max(
-            1, min(of_a // pixels, -(-self.images // share), CELLS // cells(self.height, self.width))
-        )
+        most = CELLS // cells(self.height, self.width)
+        self.frames = max(1, min(of_a // pixels, -(-self.images // share), most))
         if self.scatter:
             of_b = SCATTER_BYTES // (WORD * self.like.element_size())
         rows = min(self.height, max(1, of_b // (T * self.width)))
@@ -179,10 +158,8 @@ class KernelLayer:
         size = self.timesteps, self.images // self.timesteps, self.height, self.width, self.channels
         tiles = self.frames, self.batch_of_tile, self.rows
         pointers = ctypes.addressof(self.array), self.bias.data_ptr()
-        layer = LayerArguments(
-            *pointers, len(self.branches), *size, self.block, self.scatter, self.split, *tiles
-        )
-        return ctypes.byref(layer)
+        numbers = len(self.branches), *size, self.block, self.scatter, self.split, *tiles
+        return ctypes.byref(LayerArguments(*pointers, *numbers))
 
     def sums(self):
         """Pass A: -> the sums of y and of y*y over time, batch and space, (2, O)."""

@@ -141,7 +141,7 @@ def record(recorder, epoch):
 
 def test_the_log_of_a_resumed_run_has_each_epoch_once(tmp_path):
     files = RunFiles(tmp_path, "run")
-    files.create()
+    checkpoint.make_folder(files.tensorboard)
     recorder = Recorder(files, 0, None)
     for epoch in range(3):
         record(recorder, epoch)
@@ -153,7 +153,7 @@ def test_the_log_of_a_resumed_run_has_each_epoch_once(tmp_path):
 def test_an_official_log_is_read(tmp_path):
     """The official code ends every field in a tab."""
     files = RunFiles(tmp_path, "run")
-    files.create()
+    checkpoint.make_folder(files.tensorboard)
     files.log.write_text(
         "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\t\n" + "0.1\t" * 5 + "\n"
     )
