@@ -190,8 +190,8 @@ def publish(options):
     files = f"{file} was trained on {args['dataset']}; only --dataset imagefolder has image files to ship"
     require(args["dataset"] == "imagefolder", files)
     test = load_data("imagefolder", options.path or args["path"]).test
-    count_correct = partial(pretrained.count_correct, load_network(content, file, len(test.classes)))
-    about = dict(trained_on=options.trained_on, test=test, count_correct=count_correct)
+    model = load_network(content, file, len(test.classes))
+    about = dict(trained_on=options.trained_on, test=test, model=model)
     pretrained.publish(options.name, options.out, content, sessions, **about)
     print(f"network: {options.out / options.name}.pth\nhow it was made: {options.out / options.name}.json")
 
@@ -212,8 +212,9 @@ def draw_curves(options):
 def write_table(options):
     """Write the page of results, with the picture of `curves` if there is one beside it."""
     rows = {row: (preset.paper, FIRST[row]) for row, preset in ROWS.items()}
-    picture = CURVES if (options.out.parent / CURVES).exists() else ""
-    checkpoint.save_text(results.make_page(rows, find_runs(options.checkpoint), picture), options.out)
+    picture, runs = CURVES if (options.out.parent / CURVES).exists() else "", find_runs(options.checkpoint)
+    require(runs, f"no run below {options.checkpoint} has finished an epoch: {options.out} stays as it is")
+    checkpoint.save_text(results.make_page(rows, runs, picture), options.out)
     print(f"results: {options.out}")
 
 
@@ -251,9 +252,8 @@ def add_report(add):
     text = "a spiking network's, or the name of one that comes trained; the report is put beside it"
     add("checkpoint", metavar="CHECKPOINT", help=text)
     add("--timesteps", type=count, nargs="+", default=[], help="also evaluate with these T")
-    add(
-        "--bits", type=number(int, 2, high=32), nargs="+", default=[], help="and with weights of so many bits"
-    )
+    bits = number(int, 2, high=32)
+    add("--bits", type=bits, nargs="+", default=[], help="and with weights of so many bits")
     add("--limit", type=count, help="only so many test images, of all classes")
     add("--ann", help="weights of the ANN of the same shape, for its accuracy")
     add("--thresholds", help="with --ann: thresholds, for the SNN straight after conversion")

@@ -135,10 +135,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument(
-        "--images", type=Path, default=ROOT / "data/cifar10_jpeg", help="with train/ and test/"
+        "--images", type=Path, help="with train/ and test/; data/cifar10_jpeg if it is there, else digits"
     )
     parser.add_argument("--smoke", action="store_true", help="everything in small, on the CPU")
     args = parser.parse_args()
+    if args.images and not (args.images / "train").is_dir():
+        sys.exit(f"error: no folder {args.images}/train")
+    args.images = args.images or ROOT / "data/cifar10_jpeg"
     args.out, args.images, args.device = (
         args.out.resolve(),
         args.images.resolve(),

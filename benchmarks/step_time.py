@@ -35,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torchvision import datasets, transforms  # noqa: E402
 
 from models import create_model, registry  # noqa: E402
+from utils import foreign  # noqa: E402
+from utils.cli import run_program  # noqa: E402
 
 VARIANTS = [
     "peer", "unrolled", "unrolled-bf16", "events", "dense", "dense-compile", "dense-bf16",
@@ -86,8 +88,7 @@ def build(variant, args, timesteps):
     engine = "events" if variant.endswith("events") else "dense"
     model = create_model(args.model, **settings, backward=backward, engine=engine)
     if args.weights:
-        state = torch.load(args.weights, map_location="cpu", weights_only=True)["state_dict"]
-        model.load_state_dict(state)
+        model.load_state_dict(foreign.load(args.weights)["state_dict"])
     model = model.to(args.device)
     if variant.endswith("-compile"):
         model.compile_loops()
@@ -215,11 +216,10 @@ def measure(variants, args, timesteps):
 
 def peak_memory(variant, args, timesteps):
     """Peak bytes of two steps in a process of their own."""
-    flags = f"--model {args.model} --batch {args.batch} --device {args.device} --timesteps {timesteps}"
-    flags += f" --image_size {args.image_size}"
-    for name in (*NEURONS, "weights", "images"):
-        flags += f" --{name} {getattr(args, name)}" if getattr(args, name) is not None else ""
-    command = [sys.executable, __file__, *flags.split(), "--peak", variant] + ["--inference"] * args.inference
+    command = [sys.executable, __file__, "--peak", variant, "--timesteps", str(timesteps)]
+    for name in ("model", "batch", "device", "image_size", *NEURONS, "weights", "images"):
+        command += [f"--{name}", str(getattr(args, name))] if getattr(args, name) is not None else []
+    command += ["--inference"] * args.inference
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -256,7 +256,9 @@ def get_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="preresnet.resnet18_lif")
+    parser.add_argument(
+        "--model", choices=registry.list_models(), metavar="NAME", default="preresnet.resnet18_lif"
+    )
     parser.add_argument("--timesteps", type=int, nargs="+", default=[20])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=32, help="of other networks than vgg.*")
@@ -345,4 +347,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

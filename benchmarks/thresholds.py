@@ -252,7 +252,9 @@ def main(argv=None):
     if options.page:
         from thresholds_page import write_page  # beside this script
 
-        write_page(read_results(options.out))
+        found = read_results(options.out)
+        require(found, f"no results.json in {options.out}; run some cells first")
+        write_page(found)
         return
     run(cells, options)
 

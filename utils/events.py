@@ -150,7 +150,8 @@ def draw(argv=None):
     frames = np.minimum(frames / np.quantile(frames[frames > 0], 0.95), 1)
     off, on = np.pad(frames, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=0.5).swapaxes(0, 1)
     colours = 1 - np.stack([off, np.maximum(on, off), on], axis=-1)  # (T, 50, 50, RGB) on white
-    imsave(args.picture, np.hstack(colours).repeat(3, 0).repeat(3, 1))
+    with explained(lambda why: f"cannot write {args.picture} ({why}); give a name that ends in .png"):
+        imsave(args.picture, np.hstack(colours).repeat(3, 0).repeat(3, 1))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
     if args.evaluate:
         if not trained:
             warn("no --resume: these weights are not trained")
-        start_thresholds(model.eval(), fit_thresholds, data, args, resumed, device)
+        model.train(not trained)  # untrained batch norms have no statistics yet
+        start_thresholds(model, fit_thresholds, data, args, resumed, device)
         report(model, test, device, args.precision, files.firing_rates if args.rate_stat else None)
         return
     train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
@@ -137,6 +138,8 @@ def validate(args):
     low = f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that"
     require(args.Vth == "auto" or args.Vth >= args.Vth_bound, low)
     require(args.momentum or not args.nesterov, "--nesterov needs a --momentum above 0")
+    if args.rate_stat and not args.evaluate:
+        warn("--rate_stat 1 counts spikes under --evaluate alone; training logs its own firing rates")
     share = f"the batch size {args.train_batch} is the total of {n} processes: use a multiple of it"
     require(args.train_batch % n == 0, share)
 

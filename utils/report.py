@@ -1,12 +1,13 @@
 """What a trained spiking network does beside its accuracy: spikes, operations, energy, representation error.
 
-The paper's claim: every layer fires at most 20 %, all together 7.5 to 9.5 %. Representation error: the mean
-of |representation of the spikes - clamp(representation of the input)|; a layer's maximum is what a spike at
-every step represents. Accumulates, 0.9 pJ each: spikes times fan-out, borders and strides exactly counted; an
-average pool counts as part of the weights behind it, so that each spike that enters it counts at every
-synapse behind. Multiply-accumulates, 4.6 pJ each: the first layer, on what of its real-valued input is not
-zero, once for a still image. 45 nm; an estimate of arithmetic alone, without memory. Not counted, in the SNN
-and the ANN alike: pools, batch norms (which fold into the weights), sums and activations.
+The paper's claim, as secondary sources have it: every layer fires at most 20 %, all together 7.5 to 9.5 %.
+Representation error: the mean of |representation of the spikes - clamp(representation of the input)|; a
+layer's maximum is what a spike at every step represents. Accumulates, 0.9 pJ each: spikes times fan-out,
+borders and strides exactly counted; an average pool counts as part of the weights behind it, so that each
+spike that enters it counts at every synapse behind. Multiply-accumulates, 4.6 pJ each: the first layer, on
+what of its real-valued input is not zero, once for a still image. 45 nm; an estimate of arithmetic alone,
+without memory. Not counted, in the SNN and the ANN alike: pools, batch norms (which fold into the weights),
+sums and activations.
 """
 
 import math
@@ -108,8 +109,7 @@ class Measurement:
         self.rates = {layer: fired[layer] / possible[layer] for layer in fired}
         self.spikes = sum(fired.values()) / self.images
         self.overall = sum(fired.values()) / max(sum(possible.values()), 1)
-        # Layer -> mean |representation of the spikes - clamp(representation of the input)|; the same in units
-        # of the clamp's upper end, the representation of a spike a step.
+        # Layer -> representation error, see above; the same as a fraction of the layer's maximum.
         self.errors = {layer: error / neurons[layer] for layer, error in sums["error"].items()}
         self.relative = {layer: error / neurons[layer] for layer, error in sums["relative"].items()}
         self.accumulates = sum(sums["spikes"].values()) / self.images
@@ -164,12 +164,8 @@ def make_page(file, text, measured, trained, chain, rounded):
     if rounded:
         rows = [("as trained", main), *rounded.items()]
         rows = [(bits, f"{m.accuracy:.2f}", f"{m.accuracy - main.accuracy:+.2f}") for bits, m in rows]
-        lines += [
-            f"## Weights of a few bits at T={trained}",
-            "",
-            *markdown(["bits", "top-1 %", "change"], rows),
-        ]
-        lines += ["", ROUNDED, ""]
+        table = markdown(["bits", "top-1 %", "change"], rows)
+        lines += [f"## Weights of a few bits at T={trained}", "", *table, "", ROUNDED, ""]
     head = ["layer", "firing rate %", "representation error", "in % of the layer's maximum"]
     layers = [
         (layer, f"{100 * rate:.2f}", f"{main.errors[layer]:.4g}", f"{100 * main.relative[layer]:.2f}")
@@ -193,9 +189,8 @@ def draw(_, file, measured, main, chain):
     accuracy.set(xlabel="time steps T", ylabel="top-1 accuracy (%)", xticks=steps)
     energy.plot(steps, [m.energy for m in measured], marker="o", label="SNN")
     energy.axhline(main.dense_energy, label="ANN of the same shape", **dashed)
-    energy.set(
-        xlabel="time steps T", ylabel="energy of an image (µJ, estimate)", ylim=(0, None), xticks=steps
-    )
+    estimate = "energy of an image (µJ, estimate)"
+    energy.set(xlabel="time steps T", ylabel=estimate, ylim=(0, None), xticks=steps)
     for axes, values in ((rate, main.rates), (error, main.relative)):
         axes.bar(values.keys(), [100 * value for value in values.values()], label=f"T={main.timesteps}")
         axes.tick_params("x", rotation=90, labelsize=8 if len(values) <= 40 else 4)

@@ -210,7 +210,8 @@ def test_a_killed_process(data, tmp_path):
     killed = kill_one(tmp_path / "out", 3, launched)
     assert ended(launched, 100) != 0 and time.monotonic() - killed < 60
     printed = (tmp_path / "printed").read_text()
-    assert re.search(r"rank\s*:\s*[01]", printed) and "SIGKILL" in printed
+    # The launcher names the killed one or, if it was faster, the other, which lost it.
+    assert re.search(r"rank\s*:\s*[01]", printed) and re.search("SIGKILL|remote worker", printed)
     run(2, flags, tmp_path)  # as if nothing had happened
     run(2, [*flags, "-c", str(tmp_path / "whole")], tmp_path)
     restarted, whole = load(tmp_path / "out"), load(tmp_path / "whole")
