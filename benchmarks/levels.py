@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from thresholds import start as start_run  # noqa: E402
+
 from cifar import program as cifar  # noqa: E402
-from models import create_model, fit_thresholds  # noqa: E402
+from models import create_model  # noqa: E402
 from utils import results  # noqa: E402
 from utils.cli import require, run_program  # noqa: E402
 from utils.data import train_loader  # noqa: E402
-from utils.program import build_model, count, load, positive  # noqa: E402
-from utils.thresholds import start_thresholds  # noqa: E402
+from utils.program import count, positive  # noqa: E402
 
 SHAPE = "preresnet.resnet20"
 STAGES = 5
@@ -46,15 +47,6 @@ class RoundedReLU(nn.Module):
 
     def decode(self, activations):
         return activations
-
-
-def spiking_network(args, data):
-    """The IF network of the flags with fitted thresholds, as its program starts it."""
-    torch.manual_seed(args.manualSeed)
-    device = torch.device("cpu")
-    model = build_model(args, data.classes, device, create_model).train()
-    start_thresholds(model, fit_thresholds, data, args, None, device)
-    return model
 
 
 def of_same_weights(spiking, classes):
@@ -112,8 +104,7 @@ def main(argv=None):
         flags = f"--preset latency-if-t5 --model {SHAPE}_if --Vth auto --dataset imagefolder --timesteps {T}"
         flags += f" --lr {options.lr} --warmup 60 --manualSeed 1 --path"
         args = cifar.get_parser().parse([*flags.split(), options.path])
-        data = load(args)
-        spiking = spiking_network(args, data)
+        data, spiking = start_run(args)
         few = rounded(of_same_weights(spiking, data.classes), spiking)
         networks = {f"ANN of {T + 1} levels": few, f"IF, T={T}": spiking}
         if len(table) == 2:
