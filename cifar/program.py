@@ -54,3 +54,4 @@ def main(argv=None, description="", lr=0.1, processes=False):
     require(same, f"{fit} {source.inputs} of {source.shape}; choose others")
     own = dict(create_model=create_model, fit_thresholds=fit_thresholds)
     run(args, files=run_files(args), device=device, fixed=parser.fixed, **own)
+    distributed.leave()

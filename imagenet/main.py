@@ -50,7 +50,6 @@ def get_parser():
     add("-b", "--batch-size", dest="train_batch", type=count, help="of all processes together; 1 or more")
     add("--image_size", type=number(int, 32), default=224, help="pixels of the side; 32 or more")
     add = parser.group("from an ANN to an SNN")
-    add("--pre_train", default="", metavar="FILE", may_change=True, help="weights to start from")
     add("--load_Vth", default="", metavar="FILE", may_change=True, help="thresholds to start from")
     add("--calculate_Vth", default="", metavar="NAME", help="write thresholds from --pre_train to NAME.dict")
     add("--calibrate_batches", type=count, default=5, help="batches for --calculate_Vth, 1 or more")
@@ -107,15 +106,12 @@ def main(argv=None):
         return
 
     def prepare(model):
-        if args.pre_train:
-            path = checkpoint.find(args.pre_train, files.folder)
-            checkpoint.load_weights(model, foreign.load(path)["state_dict"], path, optional=("Vth",))
         if args.load_Vth:
             load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
-        return bool(args.pre_train)
 
     own = dict(create_model=create_model, fit_thresholds=fit_thresholds, prepare=prepare)
     run(args, files=files, device=device, fixed=parser.fixed, **own)
+    distributed.leave()
 
 
 def launch(argv, args, device):

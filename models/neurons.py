@@ -163,22 +163,11 @@ class LIFNeuron(Neuron):
         super().__init__(**settings)
         check_settings(tau=tau, delta_t=delta_t)
         self.tau, self.delta_t = tau, delta_t
-
-    @property
-    def leak(self):
-        return functional.leak(self.tau, self.delta_t)
+        self.leak, self.unit, self.gain = functional.leak(tau, delta_t), delta_t, 1 / tau
 
     @property
     def weights(self):
         return functional.decay_weights(self.timesteps, self.tau, self.delta_t)
-
-    @property
-    def unit(self):
-        return self.delta_t
-
-    @property
-    def gain(self):
-        return 1 / self.tau
 
 
 class ReLU(nn.ReLU):

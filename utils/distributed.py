@@ -49,6 +49,13 @@ def join(device, backend=None):
     return device
 
 
+def leave():
+    """Part from the other processes once all have come here: none ends while another still needs it."""
+    if dist.is_initialized():
+        gather(None)
+        dist.destroy_process_group()
+
+
 def gather(value):
     """The values of all processes, in every one of them."""
     values = [value] * world_size()

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import torch
 
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, foreign
 from utils.cli import UserError, number, require, warn
 from utils.data import load_data, test_loader, train_loader
 from utils.statistics import neuron_layers
@@ -37,6 +37,8 @@ def add_flags(parser, *, models, model_flags, seed_flag, backwards, engines, neu
     add("--alpha", type=number(float, 0, open_low=True, high=1), help="fire at alpha*Vth; above 0, at most 1")
     add("--train_Vth", type=int, choices=(0, 1), default=1, help="1: thresholds are trained; 0: fixed")
     add("--Vth_bound", type=positive, help="thresholds stay above this; above 0, at most --Vth")
+    text = "weights to start from: of this network, or of its ANN"
+    add("--pre_train", default="", metavar="FILE", may_change=True, help=text)
     add = parser.group("recipe")
     add("--epochs", type=count, help="passes over the training set, 1 or more")
     add("--start-epoch", type=natural, default=0, help="epoch to start from without --resume, from 0")
@@ -85,11 +87,11 @@ def load(args):
     return load_data(args.dataset, args.path, args.timesteps, getattr(args, "image_size", None))
 
 
-def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=None):
+def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=lambda model: None):
     """Train or evaluate as the flags say; a run that goes on must keep the `fixed` ones. Raises UserError.
 
     `create_model` and `fit_thresholds` are those of `models`.
-    `prepare(model)` gives a model its first weights and says whether they are trained.
+    `prepare(model)` is called with a model that starts, after the weights of --pre_train.
     """
     validate(args)
     resumed, source = resume(args, files, fixed)
@@ -102,20 +104,23 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
         data = load(args)
     print(f"data: {args.dataset}, {data}")
     model = build_model(args, data.classes, device, create_model)
-    trained = bool(resumed)
+    trained = bool(resumed or args.pre_train)
     if resumed:
         checkpoint.load_weights(model, resumed["state_dict"], source)
         steps = f" and {resumed['iteration']} iterations" if resumed["iteration"] else ""
         best = f", best top-1 {resumed['best_acc']:.2f} %" if resumed["best_acc"] >= 0 else ""
         label = f", trained on {resumed['args']['trained_on']}" if "trained_on" in resumed["args"] else ""
         print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}{label}")
-    elif prepare is not None:
-        trained = prepare(model)
+    else:
+        if args.pre_train:
+            path = checkpoint.find(args.pre_train, files.folder)
+            checkpoint.load_weights(model, foreign.load(path)["state_dict"], path, optional=("Vth",))
+        prepare(model)
     loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
     test = test_loader(data.test, batch_size=args.test_batch, **loading)
     if args.evaluate:
         if not trained:
-            warn("no --resume: these weights are not trained")
+            warn("no --resume, no --pre_train: these weights are not trained")
         model.train(not trained)  # untrained batch norms have no statistics yet
         start_thresholds(model, fit_thresholds, data, args, resumed, device)
         report(model, test, device, args.precision, files.firing_rates if args.rate_stat else None)

@@ -421,3 +421,12 @@ def test_fitted_thresholds_are_recorded_and_not_fitted_again(small, monkeypatch,
     small(f"--Vth auto --train_Vth 0 --epochs 2 --resume {folder / STEM}.pth")
     assert json.loads((folder / f"{STEM}.json").read_text())["fitted_Vth"] == fitted
     assert {name: value.item() for name, value in weights(folder).items() if name.endswith("Vth")} == saved
+
+
+def test_starts_from_the_weights_of_an_ann(small, tmp_path):
+    torch.manual_seed(0)
+    ann = create_model("preresnet.resnet20_ann", num_classes=2).state_dict()
+    torch.save({"state_dict": ann}, tmp_path / "ann.pth")
+    state = weights(small(f"--pre_train {tmp_path}/ann.pth --Vth auto --lr 1e-30 --epochs 1"))
+    learned = [key for key in ann if key.endswith(("weight", "bias"))]
+    assert len(learned) > 60 and all((state[key] - ann[key]).abs().max() < 1e-20 for key in learned)
