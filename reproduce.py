@@ -46,13 +46,15 @@ DAYS = 0.385 / (8 * 20 * 0.48e9) * 1e15 / 86400
 def departures(row, args):
     """In what the arguments `args` (a dict) depart from the row: text for readers, text for a file's name."""
     parser = PROGRAMS[row].get_parser()
-    expected, names = vars(parser.parse(["--preset", row])), sorted(parser.fixed)
+    expected, names = vars(parser.parse(["--preset", row])), parser.fixed
     if args.get("dataset", "imagenet") in ("imagefolder", "imagenet"):  # which nothing checks
-        names = sorted([*names, "path"])
+        names = [*names, "path"]
+    names = sorted([*names, "pre_train"] if PROGRAMS[row] is cifar else names)  # ImageNet's is of the chain
     names = [name for name in names if args.get(name, expected[name]) != expected[name]]
     if "neurons" in args:  # of another library: benchmarks/peer_run.py
         names, expected["neurons"] = [*names, "neurons"], "ours"
-    values = {name: Path(args[name]).name if name == "path" else args[name] for name in names}
+    files, expected["pre_train"] = ("path", "pre_train"), "none"
+    values = {name: Path(args[name]).name if name in files else args[name] for name in names}
     text = "; ".join(f"{name} {value} instead of {expected[name]}" for name, value in values.items())
     stem = "".join(f"_{name}-{Path(str(value)).name}" for name, value in values.items())
     return text, stem if len(stem) <= 60 else f"_{zlib.crc32(stem.encode()):08x}"

@@ -219,6 +219,7 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     leave(out, "main-cifar10-if", 3, [10.0, 20.0], epochs=2)
     leave(out, "main-cifar10-if", 4, [11.0] * 200, dataset="imagefolder", path="data/jpeg", warmup=9)
     leave(out, "main-cifar10-if", 5, [12.0] * 37)
+    leave(out, "main-cifar10-if", 6, [13.0] * 200, pre_train="out/ann.pth")
     ran, how, full = write_table(tmp_path).split("\n## ")[1:]
     # Means of 94 and 95, and of 96 and 95; standard deviations sqrt(1/2).
     figures = "94.50 ± 0.71 (94.00, 95.00) | 95.50 ± 0.71 (96.00, 95.00) | 2 | 200 | cifar10 |"
@@ -238,9 +239,10 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
             "imagefolder (jpeg)",
         ),
         ("epochs 2 instead of 200", "20.00", "cifar10"),
+        ("pre_train ann.pth instead of none", "13.00", "cifar10"),
         ("stopped after 37 of 200 epochs", "12.00", "cifar10"),
     ]
-    assert how.count(" | main-cifar10-if | ") == 4
+    assert how.count(" | main-cifar10-if | ") == 5
     reproduce.main(["list", "--checkpoint", str(out)])
     assert "94.50 ± 0.71 (94.00, 95.00) (n=2) | " in capsys.readouterr().out
 
