@@ -4,7 +4,7 @@
     python benchmarks/thresholds.py --jobs cifar digits --only if T2
     python benchmarks/thresholds.py --page
 
-A cell is a run of the published program. All cells lie in --out, with results.json; started again, what is
+A cell is a run of the published program, in --out; what it finds goes into --results. Started again, what is
 finished is skipped and what was stopped goes on. --page writes the tables and pictures of docs/thresholds.md.
 """
 
@@ -209,21 +209,20 @@ def plan_of(cells):
 
 
 def do(step, cell, options):
-    """Take a step of a cell, unless results.json holds what it finds, and add that."""
+    """Take a step of a cell, unless the results hold what it finds, and add that."""
     finds = dict(look_at_start="before", train="epochs", convert="top1")[step.__name__]
-    if {finds, "failed"} & read_results(options.out).get(str(cell), {}).keys():
+    if {finds, "failed"} & read_results(options.results).get(str(cell), {}).keys():
         return
     print(f"\n{cell}: {step.__name__}", flush=True)
     of_cell = step(cell, options)
-    found = read_results(options.out)  # again: another process may have added to it
+    found = read_results(options.results)  # again: another process may have added to it
     found[str(cell)] = found.get(str(cell), {}) | of_cell
     found["machine"] = dict(hardware=results.hardware("cpu"), torch=str(torch.__version__))
-    checkpoint.save_text(json.dumps(found, indent=1) + "\n", options.out / "results.json")
+    checkpoint.save_text(json.dumps(found, indent=1) + "\n", options.results)
 
 
-def read_results(folder):
+def read_results(file):
     """Cell -> what was found; and "machine"."""
-    file = folder / "results.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -236,6 +235,8 @@ def main(argv=None):
     parser.add_argument("--plan", action="store_true", help="print the cells and what they cost")
     parser.add_argument("--page", action="store_true", help="write docs/thresholds.md's tables and pictures")
     parser.add_argument("--out", type=Path, default=Path("checkpoint/thresholds_experiment"))
+    results_file = dict(type=Path, default=Path(__file__).with_suffix(".json"), metavar="FILE")
+    parser.add_argument("--results", **results_file, help="JSON of what the cells found, kept with the page")
     parser.add_argument("--cifar", type=Path, default=Path("data/cifar10_jpeg"), help="images by class")
     parser.add_argument("--tiny", type=Path, default=Path("data/tiny20"), help="20 classes of Tiny ImageNet")
     options = parser.parse_args(argv)
@@ -243,7 +244,7 @@ def main(argv=None):
     cells = [cell for cell in all_cells() if cell.job in options.jobs]
     cells = [cell for cell in cells if set(options.only) <= set(str(cell).split("-"))]
     if options.plan:
-        found, total = read_results(options.out), 0.0
+        found, total = read_results(options.results), 0.0
         for cell in cells:
             total += cell.minutes()
             done = "done" if {"epochs", "failed", "top1"} & found.get(str(cell), {}).keys() else ""
@@ -252,8 +253,8 @@ def main(argv=None):
     if options.page:
         from thresholds_page import write_page  # beside this script
 
-        found = read_results(options.out)
-        require(found, f"no results.json in {options.out}; run some cells first")
+        found = read_results(options.results)
+        require(found, f"no {options.results}; run some cells first")
         write_page(found)
         return
     run(cells, options)
