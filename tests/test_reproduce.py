@@ -231,7 +231,7 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     ):
         assert f"| {row} | 95.24{error} | {figures}\n" in full
     assert "| main-cifar10-lif | 95.40 ± 0.15 | - |" in full
-    rows = [line.strip("| ").split(" | ") for line in ran.splitlines() if "T=20, Vth 6.0 |" in line]
+    rows = [line.strip("| ").split(" | ") for line in ran.splitlines() if "T=20, Vth 6.0" in line]
     assert [(row[-1], row[1], row[5]) for row in rows if row[-1] != "nothing"] == [
         (
             "dataset imagefolder instead of cifar10; path jpeg instead of ./data; warmup 9 instead of 400",
@@ -348,3 +348,10 @@ def test_commands_in_the_docs_are_understood():
         predict.get_parser().parse_args(shlex.split(command))
     for command in commands("imagenet/main.py"):
         imagenet.main.get_parser().parse(shlex.split(command))
+
+
+def test_the_page_of_results_is_that_of_the_records(tmp_path):
+    (tmp_path / reproduce.CURVES).parent.mkdir()
+    (tmp_path / reproduce.CURVES).touch()
+    reproduce.main(["table", "--checkpoint", str(ROOT / "results"), "--out", str(tmp_path / "RESULTS.md")])
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text()

@@ -35,7 +35,7 @@ class Outcome:
         args = self.args
         neurons = "" if "_ann" in args["model"] else f", T={args['timesteps']}, Vth {args['Vth']}"
         whose = f", neurons of {args['neurons']}" if "neurons" in args else ""
-        return args["model"] + neurons + whose
+        return args["model"] + neurons + whose + ", pre-trained" * bool(args.get("pre_train"))
 
 
 def epochs_done(files, epochs):
