@@ -377,7 +377,7 @@ def test_a_resumed_run_may_change_where_and_how_not_what():
     parser = get_parser("test", lr=0.1, processes=True)
     free = "path test_batch local_rank name manualSeed checkpoint resume save_every print_freq evaluate"
     free += " rate_stat show_Vth workers pin_memory device engine compile deterministic preset"
-    free += " warmup_within_first_epoch"
+    free += " warmup_within_first_epoch pre_train"
     assert set(vars(parser.parse([]))) - set(parser.fixed) == set(free.split())
 
 
