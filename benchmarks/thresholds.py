@@ -92,8 +92,7 @@ def neurons(kind, T):
 def command(cell, options):
     """The flags of the cell's run."""
     argv = [*RECIPES[cell.job].format(kind=cell.kind).split()]
-    if cell.setting != "quickstart":
-        argv += neurons(cell.kind, cell.T)
+    argv += ["--Vth", "1"] if cell.setting == "quickstart" else neurons(cell.kind, cell.T)
     argv += ["--Vth", "auto"] if cell.setting == "auto" else []
     path = dict(digits="-", cifar=options.out / "cifar_fifth", tiny=options.tiny)[cell.job]
     argv += ["--timesteps", cell.T, "--path", path, "--workers", 0, "--manualSeed", cell.seed]
@@ -164,7 +163,8 @@ def train(cell, options):
     model.load_state_dict(foreign.load(files.checkpoint)["state_dict"])
     found = dict(after=by_layer(model.eval(), data, args))
     found["epochs"] = foreign.read_log(files.log)  # lr, loss of training and test, accuracies of both
-    return found | dict(command=argv)
+    flags = " ".join(argv).replace(str(options.out), "OUT").replace(str(options.tiny), "TINY")
+    return found | dict(command=f"python {cifar.SCRIPT} {flags}")
 
 
 def convert(cell, options):

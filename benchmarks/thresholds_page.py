@@ -79,9 +79,9 @@ def accuracies(found, job):
 
 
 def quickstart(found):
-    """The read-me's first command, with its own threshold, the published and the fitted ones."""
+    """The read-me's first command, whose thresholds are fitted, beside Vth=1 and the published one."""
     head, rows = ["Vth", "last epoch %", "best epoch %", "n"], []
-    for setting, Vth in (("quickstart", "1 (the quickstart's)"), ("published", "6"), ("auto", "auto")):
+    for setting, Vth in (("quickstart", "1"), ("published", "6"), ("auto", "auto")):
         if logs := of_seeds(found, "digits", "if", 2, setting, "epochs"):
             best = spread([max(row[4] for row in log) for log in logs])
             rows.append([Vth, spread([log[-1][4] for log in logs]), best, len(logs)])
