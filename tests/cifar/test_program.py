@@ -16,6 +16,7 @@ import utils.training
 from cifar.program import get_parser, main
 from models import create_model
 from utils.cli import run_program
+from utils.program import build_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--model preresnet.resnet20_lif --timesteps 2 --Vth 0.3 --alpha 0.3 --delta_t 0.2"
@@ -355,7 +356,7 @@ def test_commands_of_the_read_me_are_understood(command):
     script, *argv = shlex.split(command)
     assert (ROOT / script).is_file()
     args = get_parser("test", lr=0.1, processes="multiple" in script).parse(argv)
-    model = create_model(args.model, num_classes=10, timesteps=args.timesteps, Vth=args.Vth)
+    model = build_model(args, 10, "cpu", create_model)
     assert sum(p.numel() for p in model.parameters()) > 0
 
 
