@@ -95,14 +95,12 @@ def unstow(ctx):
     return replaced(ctx.record, Slot, lambda slot: tensors[slot.index])
 
 
-def replaced(record, kind, function):
-    """A copy of the record, and of those in it, with function(leaf) for each leaf of this kind."""
-
-    def of(value):
-        if isinstance(value, kind):
-            return function(value)
-        if isinstance(value, list):
-            return [of(item) for item in value]
-        return replaced(value, kind, function) if is_dataclass(value) else value
-
-    return replace(record, **{name: of(value) for name, value in vars(record).items()})
+def replaced(value, kind, function):
+    """A copy of a record, list or leaf, and of all in it, with function(leaf) for each leaf of this kind."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, list):
+        return [replaced(item, kind, function) for item in value]
+    if not is_dataclass(value):
+        return value
+    return replace(value, **{name: replaced(item, kind, function) for name, item in vars(value).items()})

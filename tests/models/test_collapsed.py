@@ -1,6 +1,7 @@
 """The collapsed backward pass against the unrolled one, in float64, wherever a network can take it."""
 
 import copy
+import gc
 import itertools
 import shutil
 
@@ -114,6 +115,26 @@ def test_narrow_resnet(kind, T, B, float64):
     x = torch.randn(B, 3, 32, 32)
     assert (zones(model, x) > 0).all()
     assert_same(model, x)
+
+
+@pytest.mark.parametrize("backward", ["collapsed", "rate", "unrolled"])
+@pytest.mark.parametrize("engine", available())
+def test_a_step_leaves_no_tensors_to_the_garbage_collector(engine, backward):
+    """What only the collector can free stays for many steps: it counts objects, not their megabytes."""
+    model = Net("lif", 3)
+    model.engine, model.backward = engine, backward
+    gc.collect()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        gc.collect()
+        left = [tuple(found.shape) for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == []
 
 
 @pytest.mark.parametrize(
