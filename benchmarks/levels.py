@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rounded import rounded  # noqa: E402
 from thresholds import start as start_run  # noqa: E402
 
 from cifar import program as cifar  # noqa: E402
@@ -31,35 +31,10 @@ SHAPE = "preresnet.resnet20"
 STAGES = 5
 
 
-class RoundedReLU(nn.Module):
-    """x -> the nearest of the T+1 values 0, Vth/T, ..., Vth; its gradient is that of clamp(x, 0, Vth)."""
-
-    timesteps = 1  # of the network: an ANN's
-
-    def __init__(self, levels, Vth):
-        super().__init__()
-        self.levels, self.Vth = levels, nn.Parameter(Vth.detach().clone())
-
-    def forward(self, x):
-        clamped = torch.minimum(x.relu(), self.Vth)
-        step = (self.Vth / self.levels).detach()
-        return clamped + ((clamped / step).round() * step - clamped).detach()
-
-    def decode(self, activations):
-        return activations
-
-
 def of_same_weights(spiking, classes):
     """The ANN of a spiking network: its weights, ReLUs in the place of its neurons."""
     ann = create_model(f"{SHAPE}_ann", num_classes=classes).train()
     ann.load_state_dict(spiking.state_dict(), strict=False)
-    return ann
-
-
-def rounded(ann, spiking):
-    """`ann`, with T+1 levels below the spiking network's thresholds in the place of its ReLUs."""
-    for name, neuron in [pair for pair in spiking.named_modules() if hasattr(pair[1], "Vth")]:
-        ann.set_submodule(name, RoundedReLU(neuron.timesteps, neuron.Vth))
     return ann
 
 

@@ -22,12 +22,15 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rounded import rounded  # noqa: E402
+
 from cifar import program as cifar  # noqa: E402
 from imagenet import main as imagenet  # noqa: E402
 from models import create_model, fit_thresholds  # noqa: E402
 from utils import checkpoint, foreign, results  # noqa: E402
+from utils.calibration import load_thresholds  # noqa: E402
 from utils.cli import UserError, require, run_program  # noqa: E402
-from utils.data import train_loader  # noqa: E402
+from utils.data import load_data, test_loader, train_loader  # noqa: E402
 from utils.program import build_model, load  # noqa: E402
 from utils.thresholds import IMAGES, some_batches, start_thresholds  # noqa: E402
 
@@ -188,6 +191,21 @@ def convert(cell, options):
     return dict(top1=float(re.search(r"top-1 ([\d.]+) %", heard.getvalue())[1]), ann=log[-1][-1])
 
 
+def round_off(cell, options):
+    """The accuracy of the ANN with as many levels below the same thresholds: spikes that come evenly."""
+    data = load_data("imagenet", options.tiny, image_size=48)
+    folder = options.out / "convert" / "imagenet"
+    spiking = create_model("preresnet_snn.resnet18_if", num_classes=data.classes, timesteps=cell.T)
+    load_thresholds(spiking, folder / f"{cell.setting}_T{cell.T}.dict")
+    ann = create_model("preresnet_ann.resnet18", num_classes=data.classes)
+    checkpoint.load_weights(ann, foreign.load(folder / "ann.pth")["state_dict"], folder / "ann.pth")
+    few = rounded(ann, spiking).eval()
+    batches = test_loader(data.test, batch_size=50, workers=0, pin_memory=False)
+    with torch.no_grad():
+        right = sum((few(images).argmax(1) == labels).sum().item() for images, labels in batches)
+    return dict(levels=100 * right / len(data.test))
+
+
 def run(cells, options):
     """Run what is not finished; the results are written after every cell."""
     checkpoint.make_folder(options.out, "--out")
@@ -205,12 +223,15 @@ def run(cells, options):
 def plan_of(cells):
     """The steps of every cell."""
     for cell in cells:
-        yield from [(convert, cell)] if cell.job == "convert" else [(look_at_start, cell), (train, cell)]
+        steps = [convert, round_off] if cell.job == "convert" else [look_at_start, train]
+        if cell.job == "convert" and cell.setting == "auto":  # fitted to spikes, no file of thresholds
+            steps.remove(round_off)
+        yield from ((step, cell) for step in steps)
 
 
 def do(step, cell, options):
     """Take a step of a cell, unless the results hold what it finds, and add that."""
-    finds = dict(look_at_start="before", train="epochs", convert="top1")[step.__name__]
+    finds = dict(look_at_start="before", train="epochs", convert="top1", round_off="levels")[step.__name__]
     if {finds, "failed"} & read_results(options.results).get(str(cell), {}).keys():
         return
     print(f"\n{cell}: {step.__name__}", flush=True)

@@ -89,14 +89,15 @@ def quickstart(found):
 
 
 def conversion(found):
-    """The accuracy of the SNN, untrained, against T."""
+    """The accuracy of the SNN, untrained, against T; and of an ANN with T+1 levels below its thresholds."""
     ways, rows = ("quantile", "error", "auto"), []
     for T in (4, 8, 16, 32):
         top1 = [of_seeds(found, "convert", "if", T, way, "top1") for way in ways]
+        levels = [of_seeds(found, "convert", "if", T, way, "levels") for way in ways[:2]]
         if any(top1):
-            rows.append([T, *[f"{of[0]:.1f}" if of else "-" for of in top1]])
+            rows.append([T, *[f"{of[0]:.1f}" if of else "-" for of in (*top1, *levels)]])
     names = ["`--calibrate_by quantile` %", "`--calibrate_by error` %", "`--Vth auto` %"]
-    return ["T", *names], rows
+    return ["T", *names, "levels alone: quantile %", "error %"], rows
 
 
 def draw_accuracies(found, file):
