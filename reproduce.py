@@ -33,6 +33,7 @@ from utils.cli import Parser, choose_device, number, refuse, require, run_progra
 from utils.data import load_data
 from utils.program import build_model, count, load
 from utils.quantized import round_weights
+from utils.records import alone
 
 PROGRAMS = dict.fromkeys(cifar.ROWS, cifar) | dict.fromkeys(imagenet.ROWS, imagenet)
 ROWS = cifar.ROWS | imagenet.ROWS
@@ -96,7 +97,7 @@ def run(row, seeds, flags, command):
             print(f"{row}, seed {seed}, is finished: {result}")
             continue
         checkpoint.make_folder(files.folder)
-        with results.alone(files):
+        with alone(files):
             results.add_session(files.session, args.device, command)
             print("python", PROGRAMS[row].SCRIPT, shlex.join(argv), flush=True)
             PROGRAMS[row].main(argv)
@@ -166,13 +167,14 @@ def report_checkpoint(options):
         if bits:
             round_weights(snn, bits)
         batches = DataLoader(chosen, options.batch, num_workers=options.workers)
-        return report.Measurement(snn, ((x.to(device), y.to(device)) for x, y in batches))
+        found = report.Measurement(snn, ((x.to(device), y.to(device)) for x, y in batches))
+        print(f"{model}, T={T}{f', {bits} bits' if bits else ''}: top-1 {found.accuracy:.2f} %", flush=True)
+        return found
 
+    source, thresholds = (f and checkpoint.find(f, file.parent) for f in (options.ann, options.thresholds))
     steps, chain = sorted({args.timesteps, *options.timesteps}), None
     measured, rounded = [of(T) for T in steps], {bits: of(args.timesteps, bits=bits) for bits in options.bits}
     if options.ann:
-        source = checkpoint.find(options.ann, file.parent)
-        thresholds = options.thresholds and checkpoint.find(options.thresholds, file.parent)
         converted = [of(T, source=source, thresholds=thresholds) for T in steps] if thresholds else []
         chain = of(1, entry.ann, source).accuracy, converted
     text = f"{file.name}: {args.model}, {content.get('epoch')} epochs on {trained_on}. "
@@ -246,11 +248,7 @@ def get_parser():
     add("--trained_on", required=True, help='the data in words: "a JPEG copy of CIFAR-10"')
     add("--path", help="folder of the data set, if not that of training")
     add("--out", type=Path, default=checkpoint.PRETRAINED)
-    add_report(add_task("report", report_checkpoint))
-    return parser
-
-
-def add_report(add):
+    add = add_task("report", report_checkpoint)
     text = "a spiking network's, or the name of one that comes trained; the report is put beside it"
     add("checkpoint", metavar="CHECKPOINT", help=text)
     add("--timesteps", type=count, nargs="+", default=[], help="also evaluate with these T")
@@ -263,6 +261,7 @@ def add_report(add):
     add("--batch", type=count, default=10)
     add("--workers", type=number(int, 0, high=256), default=0)
     add("--device", default="auto")
+    return parser
 
 
 def main(argv=None):

@@ -24,6 +24,7 @@ from models import LIFNeuron, create_model, fit_thresholds  # noqa: E402
 from models.engines.dense import Spikes  # noqa: E402
 from utils import checkpoint, program, results  # noqa: E402
 from utils.cli import choose_device, run_program  # noqa: E402
+from utils.records import alone  # noqa: E402
 from utils.statistics import neuron_layers  # noqa: E402
 
 
@@ -67,7 +68,7 @@ def main(argv=None):
     checkpoint.make_folder(files.folder)
     command = ["python", "benchmarks/peer_run.py", *(sys.argv[1:] if argv is None else argv)]
     how = dict(device=choose_device(args.device), fixed=reproduce.cifar.get_parser().fixed)
-    with results.alone(files):
+    with alone(files):
         results.add_session(files.session, args.device, command)
         program.run(args, files=files, **how, create_model=peer_model, fit_thresholds=fit_thresholds)
 

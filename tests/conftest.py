@@ -24,9 +24,9 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def write_images(folder):
+def write_images(folder, seed=0):
     """A folder of 2 classes, red-ish and blue-ish noise: 10 training and 6 test images, of odd sizes."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for split, count in (("train", 5), ("test", 3)):
         for channel, name in ((0, "red"), (2, "blue")):
             (folder / split / name).mkdir(parents=True)

@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(images, tmp_pat
     accuracy = float(log.read_text().split()[-1])
     cells = next(line for line in page.splitlines() if "epochs 3 instead of 200" in line).split(" | ")
     assert (
-        cells[:2] == ["| preresnet.resnet20_lif, T=2, Vth 0.3", f"{accuracy:.2f}"]
+        cells[:2] == ["| preresnet.resnet20_lif, T=2, Vth 0.3, alpha 0.3", f"{accuracy:.2f}"]
         and cells[6] == "depth-lif-20"
     )
     assert "| depth-lif-20 | 92.82 | - |" in page
@@ -223,7 +223,7 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     ran, how, full = write_table(tmp_path).split("\n## ")[1:]
     # Means of 94 and 95, and of 96 and 95; standard deviations sqrt(1/2).
     figures = "94.50 ± 0.71 (94.00, 95.00) | 95.50 ± 0.71 (96.00, 95.00) | 2 | 200 | cifar10 |"
-    assert f"| preresnet.resnet18_if, T=20, Vth 6.0 | {figures} main-cifar10-if | nothing |" in ran
+    assert f"| preresnet.resnet18_if, T=20, Vth 6.0, alpha 0.5 | {figures} main-cifar10-if | nothing |" in ran
     for row, error in (
         ("main-cifar10-if", " ± 0.17"),
         ("latency-if-t20", ""),

@@ -210,6 +210,7 @@ def test_a_signal_stops_after_the_step(number, images, tmp_path):
     os.kill(pid, number)
     assert ended(pid) == 128 + number
     assert f"stopped by {number.name}" in printed(out).splitlines()[-1]
+    assert "stopping after this step" in printed(out)
     assert foreign.load(files_of(out).checkpoint)["epoch"] < 2
 
 

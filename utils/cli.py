@@ -53,7 +53,10 @@ def explained(explain, *kinds):
         if not isinstance(error, kinds or Exception) or isinstance(error, UserError) and not kinds:
             raise
         lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-        raise UserError(explain(lines[0][:200] if lines else type(error).__name__)) from None
+        reason = lines[0][:200] if lines else type(error).__name__
+        if reason.startswith("Weights only"):  # torch advises to run the code that the file holds
+            reason = "not what torch.save writes of tensors, numbers and text"
+        raise UserError(explain(reason)) from None
 
 
 def run_program(main, argv=None):
@@ -75,7 +78,7 @@ def run_program(main, argv=None):
         warn(f"stopped by {name}; --resume auto goes on from the checkpoint")
         sys.exit(128 + stopped.args[0])
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; training goes on from its last checkpoint by --resume auto", file=sys.stderr)
         sys.exit(130)
 
 
@@ -100,11 +103,19 @@ def read_presets(page):
     return [{name: Preset(*cells) for name, *cells in row.findall(table)} for table in tables]
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """With the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        without = not action.option_strings or action.default in (None, "", False, argparse.SUPPRESS)
+        return action.help if without or not action.help else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with presets; `fixed` are the flags that a run which goes on must keep."""
 
     def __init__(self, presets, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **settings)
         self.presets, self.fixed = presets, []
         if presets:
             text = "named set of flags, such as a row of the paper; `python reproduce.py list` shows them"

@@ -62,7 +62,7 @@ def augmentation(*finish, flip=True):
 def cifar(path, dataset, normalize, **_):
     """CIFAR-10 or CIFAR-100 as torchvision reads it, downloaded on first use."""
     name, test_steps = dataset.__name__.lower(), t.Compose([t.ToTensor(), normalize])
-    missing, advice = f"no {name} in {path} and no download", f"put {dataset.filename} there"
+    missing, advice = f"no whole {name} in {path} and no download", f"put {dataset.filename} there"
     with explained(lambda why: f"{missing} ({why}); {advice}", OSError, RuntimeError):
         train = dataset(path, train=True, download=True, transform=augmentation(normalize))
         return train, dataset(path, train=False, transform=test_steps)

@@ -20,7 +20,7 @@ SEE = t.Compose([t.Resize(32), t.CenterCrop(32), t.ToTensor(), CIFAR10])
 
 
 def publish(name, folder, content, sessions, *, trained_on, test, model):
-    """Write `<folder>/<name>.pth` and `.json`, of a finished run, and the archive of test images.
+    """Write `<folder>/<name>.pth` and `.json`, of a finished run; test images if there are none yet.
 
     content: the run's last checkpoint; of it the optimizer is left out. sessions: from the run's .run.json.
     trained_on: the data, in words for every label. test: an ImageFolder. model: the network.
@@ -29,7 +29,8 @@ def publish(name, folder, content, sessions, *, trained_on, test, model):
     kept = {key: content[key] for key in ("epoch", "iteration", "acc", "best_acc", "state_dict", "log")}
     checkpoint.make_folder(folder, "--out")
     archive, weights = folder / ARCHIVE, folder / f"{name}.pth"
-    checkpoint.save(test, archive, write=write_images)
+    if not archive.exists():  # else all networks there are checked by the same images
+        checkpoint.save(test, archive, write=write_images)
     checkpoint.save(kept | dict(args=args, classes=test.classes), weights)
     made |= {key: args[key] for key in ("model", "dataset", "path", "manualSeed")}
     made |= dict(epochs=content["epoch"], accuracy_after_last_epoch=round(float(content["acc"]), 4))

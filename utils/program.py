@@ -9,6 +9,7 @@ import torch
 from utils import checkpoint, distributed, foreign
 from utils.cli import UserError, number, require, warn
 from utils.data import load_data, test_loader, train_loader
+from utils.records import alone
 from utils.statistics import neuron_layers
 from utils.thresholds import start_thresholds
 from utils.training import Run, evaluate
@@ -37,7 +38,7 @@ def add_flags(parser, *, models, model_flags, seed_flag, backwards, engines, neu
     add("--alpha", type=number(float, 0, open_low=True, high=1), help="fire at alpha*Vth; above 0, at most 1")
     add("--train_Vth", type=int, choices=(0, 1), default=1, help="1: thresholds are trained; 0: fixed")
     add("--Vth_bound", type=positive, help="thresholds stay above this; above 0, at most --Vth")
-    text = "weights to start from: of this network, or of its ANN"
+    text = "weights to start from, of this network or of its ANN; or the name of a network that comes trained"
     add("--pre_train", default="", metavar="FILE", may_change=True, help=text)
     add = parser.group("recipe")
     add("--epochs", type=count, help="passes over the training set, 1 or more")
@@ -70,7 +71,7 @@ def add_run_flags(add, seed_flag):
     add("--name", default="", help="goes into the names of the run's files")
     text = "of everything random, from 0; drawn and recorded if not given"
     add(seed_flag, dest="manualSeed", type=number(int, 0, high=2**63 - 1), metavar="SEED", help=text)
-    add("-c", "--checkpoint", default="./checkpoint", help="files go to a folder of the data set in it")
+    add("-c", "--checkpoint", default="./checkpoint", help="files go to its folder of the data set")
     add("--resume", default="", help="checkpoint to go on from; auto: this run's own, if there is one")
     add("--save_every", type=natural, default=0, metavar="N", help="a checkpoint every N iterations; 0: none")
     add("-p", "--print-freq", type=natural, default=0, metavar="N", help="a line every N iterations; 0: none")
@@ -78,7 +79,8 @@ def add_run_flags(add, seed_flag):
     add("--show_Vth", action="store_true", help=text)
     add("-e", "--evaluate", action="store_true", help="only test the model")
     add("--rate_stat", type=int, choices=(0, 1), default=0, help="1: --evaluate saves firing rates")
-    add("-j", "--workers", type=number(int, 0, high=256), default=4, help="processes to load data, 0 to 256")
+    text = "processes to load data, 0 to 256, as far as there are cores"
+    add("-j", "--workers", type=number(int, 0, high=256), default=4, help=text)
     add("--pin_memory", action="store_true", help="load batches into page-locked memory (GPU)")
 
 
@@ -116,7 +118,8 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=lam
             path = checkpoint.find(args.pre_train, files.folder)
             checkpoint.load_weights(model, foreign.load(path)["state_dict"], path, optional=("Vth",))
         prepare(model)
-    loading = dict(workers=args.workers, pin_memory=args.pin_memory and device.type == "cuda")
+    workers = min(args.workers, os.cpu_count() or args.workers)
+    loading = dict(workers=workers, pin_memory=args.pin_memory and device.type == "cuda")
     test = test_loader(data.test, batch_size=args.test_batch, **loading)
     if args.evaluate:
         if not trained:
@@ -130,7 +133,9 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=lam
     start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
     if resumed:
         run.go_on(resumed, source)
-    run.train()
+    checkpoint.make_folder(files.folder)
+    with alone(files):
+        run.train()
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
         if getattr(files, what).exists():
             print(f"{what + ':':13}{getattr(files, what)}")
@@ -163,6 +168,8 @@ def resume(args, files, fixed):
     args.started = earlier.get("started") if resumed else now
     if resumed:
         compare(args, resumed, source, fixed)
+        own = source in (files.checkpoint, files.previous, files.best)
+        args.pre_train = earlier.get("pre_train", "") if own else str(args.resume)  # for the tables
     return resumed, source
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.cli import Parser, explained, number, run_program
+from utils.cli import Parser, explained, number, require, run_program
 
 SIZE = 128  # pixels of the camera
 FINE = 4  # positions a pixel: the image moves by quarters of one
@@ -66,13 +66,19 @@ def main(argv=None):
     parser.add_argument("--train", type=number(int, 1, high=900), default=60)
     parser.add_argument("--test", type=number(int, 1, high=100), default=15)
     args = parser.parse_args(argv)
+    events, written = args.out / "events", 0
+    require(not events.exists(), f"{events} is there already; remove it or choose another folder")
     expected = "expected are train/<class>/ and test/<class>/ with images"
     with explained(lambda why: f"cannot record {args.images} ({why}); {expected}", OSError):
         for split, first, count in (("train", 0, args.train), ("test", 900, args.test)):
             for folder in sorted((args.images / split).iterdir()):
-                for index, file in enumerate(sorted(folder.iterdir())[:count], start=first):
-                    path = args.out / "events" / folder.name / f"cifar10_{folder.name}_{index}.aedat"
+                files = sorted(folder.iterdir())[:count]
+                for index, file in enumerate(files, start=first):
+                    path = events / folder.name / f"cifar10_{folder.name}_{index}.aedat"
                     write_aedat(path, *record(Image.open(file), seed=index))
+                    written += path.stat().st_size
+                so_far = f"{written / 1e6:.0f} MB so far"
+                print(f"{split}/{folder.name}: {len(files)} recordings, {so_far}", flush=True)
 
 
 if __name__ == "__main__":

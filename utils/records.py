@@ -1,12 +1,16 @@
 """What a run leaves behind: where its files lie, the log, the curves, TensorBoard."""
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.checkpoint import save, save_text
+from utils.cli import require
+from utils.distributed import rank, share
 
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
 
@@ -26,6 +30,25 @@ class RunFiles:
         self.lock = self.folder / f".{stem}.lock"
         self.firing_rates = self.folder / f"{stem}_firing_rate.dict"
         self.tensorboard = self.folder / stem
+
+
+@contextmanager
+def alone(files):
+    """While open, no other run leaves these files, of all processes of this one; UserError if one does."""
+    lock, free = FileLock(files.lock, timeout=0, is_singleton=True), True
+    if rank() == 0:
+        try:
+            lock.acquire()
+        except Timeout:
+            free = False
+        except (OSError, NotImplementedError):  # a file system without locks: nobody can tell
+            pass
+    busy = f"{files.log.stem} is running already; wait for it, stop it or choose another --name"
+    require(share(free), busy)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Recorder:

@@ -5,12 +5,10 @@ import platform
 import shlex
 import statistics
 import subprocess
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from utils import checkpoint, foreign
 from utils.cli import UserError, choose_device, explained, warn
@@ -33,7 +31,8 @@ class Outcome:
     def title(self):
         """What was trained, in few words; `neurons` says whose, if not ours (benchmarks/peer_run.py)."""
         args = self.args
-        neurons = "" if "_ann" in args["model"] else f", T={args['timesteps']}, Vth {args['Vth']}"
+        neurons = f", T={args['timesteps']}, Vth {args['Vth']}, alpha {args['alpha']}"
+        neurons = "" if "_ann" in args["model"] else neurons + ", fixed" * (not args["train_Vth"])
         whose = f", neurons of {args['neurons']}" if "neurons" in args else ""
         return args["model"] + neurons + whose + ", pre-trained" * bool(args.get("pre_train"))
 
@@ -50,16 +49,6 @@ def epochs_done(files, epochs):
         if content.get("args", {}).get("started") == checkpoint.started(files.arguments):  # not of before
             rows = content.get("log", rows)
     return rows
-
-
-@contextmanager
-def alone(files):
-    """While open, no other process runs what leaves these files; UserError if one does."""
-    running = f"{files.session.stem} is running already; wait for it or stop it"
-    with explained(lambda _: running, Timeout):
-        lock = FileLock(files.lock, timeout=0).acquire()
-    with lock:
-        yield
 
 
 def add_session(record, device, command):

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from utils.distributed import any_process
+from utils.distributed import any_process, rank
 
 # A scheduler's kill, Ctrl-C, Slurm's warning; Windows lacks the last.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -27,6 +27,8 @@ class StopRequest:
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if rank() == 0:  # by the system's write: a print may be under way
+            os.write(2, b"\nstopping after this step, with a checkpoint; a second Ctrl-C stops at once\n")
 
     def signal(self):
         """The signal that any process of the run has received, or 0. All must ask at the same points."""

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from utils.records import Recorder
 from utils.signals import StopRequest
 from utils.thresholds import few
 
+QUIET = 60  # seconds of an epoch after which a log, which has no progress bar, gets a line
 LOWER = "go on from the last checkpoint with a lower --lr (--resume FILE)"
 
 
@@ -202,13 +204,16 @@ class Run:
         parts = dict(loader=self.train_loader, optimizer=self.optimizer, schedule=self.schedule)
         how = dict(device=self.device, title=title, precision=args.precision, first=self.step)
         steps = train_steps(self.network, metrics=metrics, **parts, **how)
+        said = time.perf_counter()
         for self.step in steps:
             if number := stop.signal():
                 raise Stopped(number)
             if args.save_every and self.step % args.save_every == 0:
                 self.save_within(metrics)
-            if args.print_freq and self.step % args.print_freq == 0:
+            due = args.print_freq and self.step % args.print_freq == 0
+            if due or not sys.stderr.isatty() and time.perf_counter() - said > QUIET:
                 print(f"{title}, iteration {self.step}/{self.steps}: {metrics.result()}", flush=True)
+                said = time.perf_counter()
         return metrics.result(everywhere=True)
 
     def record(self, train, test, rates, best, seconds):

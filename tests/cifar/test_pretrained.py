@@ -40,6 +40,9 @@ def tiny(tmp_path_factory):
         archive = (folder / "test_images.tar.xz").read_bytes()
         reproduce.main([*publish, "--out", str(folder)])
         assert archive == (folder / "test_images.tar.xz").read_bytes()
+        others = write_images(above / "others", seed=1)
+        reproduce.main([*publish, "--out", str(folder), "--path", str(others)])  # what others are checked by
+        assert archive == (folder / "test_images.tar.xz").read_bytes()
         yield folder
 
 

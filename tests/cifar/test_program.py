@@ -11,6 +11,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import utils.training
 from cifar.program import get_parser, main
@@ -56,7 +57,7 @@ def test_a_run_leaves_the_published_files(small, capsys):
     expected = {
         f"{stem}{ending}" for ending in (".pth", "_best.pth", "_previous.pth", ".txt", ".pdf", ".json", "")
     }
-    assert {path.name for path in folder.iterdir()} == expected
+    assert {path.name for path in folder.iterdir()} == expected | {f".{stem}.lock"}
     header, *rows = (folder / f"{stem}.txt").read_text().split("\n")
     assert header == "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc."
     assert len(rows) == 3 and rows[2] == ""  # every line ends in a newline
@@ -389,6 +390,7 @@ def test_help_has_groups_and_leaves_the_presets_to_the_desk(capsys):
     groups = re.findall(r"^(\w[\w ]*)[^:\n]*:$", printed, re.MULTILINE)
     assert [g.split()[0] for g in groups] == ["options", "data", "network", "recipe", "run", "engine"]
     assert "reproduce.py list" in " ".join(printed.split()) and "latency-if-t5" not in printed
+    assert "(default: 20)" in printed and "(default: None)" not in printed
 
 
 def test_command_line_before_preset_before_default():
@@ -431,3 +433,20 @@ def test_starts_from_the_weights_of_an_ann(small, tmp_path):
     state = weights(small(f"--pre_train {tmp_path}/ann.pth --Vth auto --lr 1e-30 --epochs 1"))
     learned = [key for key in ann if key.endswith(("weight", "bias"))]
     assert len(learned) > 60 and all((state[key] - ann[key]).abs().max() < 1e-20 for key in learned)
+
+
+def test_two_runs_of_one_name_are_refused(small):
+    folder = small("--epochs 1")
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    with FileLock(folder / f".{STEM}.lock"), pytest.raises(SystemExit) as end:
+        small("--epochs 2")
+    assert f"{STEM} is running already" in end.value.code
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_a_run_says_from_which_other_it_went_on(small):
+    first = small("--epochs 1") / f"{STEM}.pth"
+    small(f"--resume {first}", out="other")
+    folder = small(f"--resume {STEM}.pth --epochs 3", out="other")
+    assert json.loads((folder / f"{STEM}.json").read_text())["pre_train"] == str(first)
+    assert json.loads((first.parent / f"{STEM}.json").read_text())["pre_train"] == ""

@@ -11,6 +11,7 @@ from utils.results import Outcome
 def leave(folder, stem, accuracies, seconds, **settings):
     """The files of a run, which took so many seconds an epoch."""
     args = dict(model="preresnet.resnet20_if", timesteps=5, Vth="auto", manualSeed=3, epochs=9) | settings
+    args |= dict(alpha=0.5, train_Vth=1)
     (folder / f"{stem}.json").write_text(json.dumps(args))
     rows = [f"0.1\t1.0\t1.0\t50.0\t{accuracy}\n" for accuracy in accuracies]
     (folder / f"{stem}.txt").write_text("header\n" + "".join(rows))
@@ -29,7 +30,7 @@ def test_accuracy_stands_over_epochs_and_summed_hours(tmp_path):
     assert epochs == [[[1, 30], [2, 50], [3, 60]], [[1, 31], [2, 49]], [[1, 10], [2, 11]]]
     assert time == [[[1, 30], [1.5, 50], [2, 60]], [[2, 31], [4, 49]]]
     assert [line.get_label() for line in figure.axes[0].lines] == [
-        "preresnet.resnet20_if, T=5, Vth auto, seed 3: 60.00 %",
-        "preresnet.resnet20_if, T=5, Vth auto, neurons of spikingjelly, seed 3: 49.00 %",
+        "preresnet.resnet20_if, T=5, Vth auto, alpha 0.5, seed 3: 60.00 %",
+        "preresnet.resnet20_if, T=5, Vth auto, alpha 0.5, neurons of spikingjelly, seed 3: 49.00 %",
         "preresnet.resnet20_ann, seed 3: 11.00 %",
     ]

@@ -256,6 +256,10 @@ def test_the_recorder_as_a_command(images, tmp_path, capsys):
     run_program(recorder, [str(images), str(tmp_path / "events_of"), "--train", "2", "--test", "1"])
     names = {path.name for path in (tmp_path / "events_of").rglob("*.aedat")}
     assert names == {f"cifar10_{c}_{n}.aedat" for c in ("red", "blue") for n in (0, 1, 900)}
+    assert "test/red: 1 recordings" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        run_program(recorder, [str(images), str(tmp_path / "events_of"), "--train", "1"])
+    assert "is there already" in end.value.code
     with pytest.raises(SystemExit) as end:
         run_program(recorder, [str(tmp_path / "nowhere"), str(tmp_path / "out")])
     assert end.value.code.startswith("error: cannot record") and "\n" not in end.value.code
