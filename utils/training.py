@@ -221,8 +221,8 @@ class Run:
         args, epoch, neurons = self.args, self.epoch - 1, dict(statistics.neuron_layers(self.model))
         silent = [layer for layer in neurons if not rates[layer]]
         low = [layer for layer, neuron in neurons.items() if neuron.Vth <= neuron.Vth_bound]
-        silence = "no spike on the test set"
-        silence += "" if args.Vth == "auto" else " (a start with --Vth auto fits thresholds to the data)"
+        hints = "slower thresholds may help: --Vth_grad_scale 0.1", "--Vth auto fits thresholds to the data"
+        silence = f"no spike on the test set ({hints[args.Vth != 'auto']})"
         for what, layers in ((silence, silent), ("a threshold at --Vth_bound", low)):
             if new := [layer for layer in layers if (what, layer) not in self.warned]:
                 warn(f"{what}: {', '.join(new)}")
