@@ -86,10 +86,10 @@ def plan(row, seed, flags):
 
 
 def run(row, seeds, flags, command):
-    """Run the row's program once for each seed that is not finished."""
+    """Run the row's program once for each of the seeds that is not finished."""
     if FIRST[row] != row:
         print(f"{row} has the settings of {FIRST[row]}: its runs are those")
-    for seed in range(1, seeds + 1):
+    for seed in seeds:
         argv, args, files = plan(FIRST[row], seed, flags)
         thresholds = getattr(args, "calculate_Vth", "")
         result = files.folder / f"{thresholds}.dict" if thresholds else files.log
@@ -242,6 +242,7 @@ def get_parser():
     add = add_task("run", None, description="All other flags go to the program of the row.")
     add("row", metavar="ROW", help="a name of `list`")
     add("--seeds", type=count, default=1, help="run with the seeds 1 to this")
+    add("--seed", type=count, help="run with this one alone")
     add = add_task("publish", publish)
     add("checkpoint", metavar="CHECKPOINT", help="the last one of a finished run on CIFAR-10")
     add("name", metavar="NAME", help="such as resnet20_lif_cifar10")
@@ -270,7 +271,8 @@ def main(argv=None):
         known = options.row in ROWS
         require(known, f"unknown row {options.row!r}; choose from: {', '.join(ROWS)}")
         command = ["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)]
-        return run(options.row, options.seeds, flags, command)
+        seeds = [options.seed] if options.seed else range(1, options.seeds + 1)
+        return run(options.row, seeds, flags, command)
     require(not flags, f"unrecognized arguments: {' '.join(flags)}; --help lists the flags")
     return options.do(options)
 
