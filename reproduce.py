@@ -242,7 +242,7 @@ def get_parser():
     add = add_task("run", None, description="All other flags go to the program of the row.")
     add("row", metavar="ROW", help="a name of `list`")
     add("--seeds", type=count, default=1, help="run with the seeds 1 to this")
-    add("--seed", type=count, help="run with this one alone")
+    add("--seed", type=count, nargs=1, help="run with this one alone")
     add = add_task("publish", publish)
     add("checkpoint", metavar="CHECKPOINT", help="the last one of a finished run on CIFAR-10")
     add("name", metavar="NAME", help="such as resnet20_lif_cifar10")
@@ -271,8 +271,7 @@ def main(argv=None):
         known = options.row in ROWS
         require(known, f"unknown row {options.row!r}; choose from: {', '.join(ROWS)}")
         command = ["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)]
-        seeds = [options.seed] if options.seed else range(1, options.seeds + 1)
-        return run(options.row, seeds, flags, command)
+        return run(options.row, options.seed or range(1, options.seeds + 1), flags, command)
     require(not flags, f"unrecognized arguments: {' '.join(flags)}; --help lists the flags")
     return options.do(options)
 

@@ -8,12 +8,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from utils.cli import explained
 from utils.foreign import check_optimizer
 
+LARGEST_STEP = 0.02  # of a fitted threshold, as a fraction of it: docs/thresholds.md says why
+
 
 def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=False):
     """ "sgd" or "adam"; thresholds get the learning rate and weight decay of the weights."""
     if name == "adam":
         return torch.optim.Adam(parameters, lr, betas=(0.9, 0.999), weight_decay=weight_decay)
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+def limit_steps(optimizer, thresholds):
+    """Have no step of `optimizer` change a threshold by more than LARGEST_STEP of it."""
+    before = []
+
+    def remember(*_):
+        before[:] = [threshold.detach().clone() for threshold in thresholds]
+
+    def limit(*_):
+        for threshold, old in zip(thresholds, before):
+            threshold.data.clamp_(old * (1 - LARGEST_STEP), old * (1 + LARGEST_STEP))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(limit)
 
 
 def load_optimizer(optimizer, state, path):

@@ -16,7 +16,7 @@ from utils.cli import Stopped, UserError, require, warn
 from utils.data import mix_seed
 from utils.distributed import any_process, parallel, rank, same_buffers, share, total
 from utils.foreign import read_log
-from utils.recipe import cosine, load_optimizer, make_optimizer, warmup_cosine
+from utils.recipe import cosine, limit_steps, load_optimizer, make_optimizer, warmup_cosine
 from utils.records import Recorder
 from utils.signals import StopRequest
 from utils.thresholds import few
@@ -146,6 +146,9 @@ class Run:
         require(smallest * model.timesteps > 1, lonely)
         recipe = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
         self.optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
+        if args.Vth == "auto":
+            thresholds = [neuron.Vth for _, neuron in statistics.neuron_layers(model)]
+            limit_steps(self.optimizer, [Vth for Vth in thresholds if Vth.requires_grad])
         self.epoch, self.step, self.sums = args.start_epoch, 0, None
         self.best_acc, self.rows = -1.0, None  # the first epoch makes this run's first best
         self.recorder, self.warned = None, set()  # the recorder is rank 0's, which alone writes
@@ -221,7 +224,7 @@ class Run:
         args, epoch, neurons = self.args, self.epoch - 1, dict(statistics.neuron_layers(self.model))
         silent = [layer for layer in neurons if not rates[layer]]
         low = [layer for layer, neuron in neurons.items() if neuron.Vth <= neuron.Vth_bound]
-        hints = "slower thresholds may help: --Vth_grad_scale 0.1", "--Vth auto fits thresholds to the data"
+        hints = "a lower --lr may help", "--Vth auto fits thresholds to the data"
         silence = f"no spike on the test set ({hints[args.Vth != 'auto']})"
         for what, layers in ((silence, silent), ("a threshold at --Vth_bound", low)):
             if new := [layer for layer in layers if (what, layer) not in self.warned]:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -18,6 +19,7 @@ from cifar.program import get_parser, main
 from models import create_model
 from utils.cli import run_program
 from utils.program import build_model
+from utils.statistics import published_name
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--model preresnet.resnet20_lif --timesteps 2 --Vth 0.3 --alpha 0.3 --delta_t 0.2"
@@ -424,6 +426,20 @@ def test_fitted_thresholds_are_recorded_and_not_fitted_again(small, monkeypatch,
     small(f"--Vth auto --train_Vth 0 --epochs 2 --resume {folder / STEM}.pth")
     assert json.loads((folder / f"{STEM}.json").read_text())["fitted_Vth"] == fitted
     assert {name: value.item() for name, value in weights(folder).items() if name.endswith("Vth")} == saved
+
+
+def test_a_step_changes_fitted_thresholds_by_two_percent_at_most(small):
+    for flags, limited in (("--Vth auto", True), ("--Vth 1", False)):
+        folder = small(f"{flags} --optimizer adam --lr 0.1 --epochs 1")
+        fitted = json.loads((folder / f"{STEM}.json").read_text()).get("fitted_Vth") or defaultdict(lambda: 1)
+        content = torch.load(folder / f"{STEM}.pth", weights_only=True)
+        steps = int(content["optimizer"]["state"][0]["step"])
+        saved = {name.removesuffix(".Vth"): v for name, v in content["state_dict"].items() if "Vth" in name}
+        ratios = [value.item() / fitted[published_name(name)] for name, value in saved.items()]
+        assert steps >= 1 and len(ratios) == 21
+        inside = [0.98**steps - 1e-5 < ratio < 1.02**steps + 1e-5 for ratio in ratios]
+        assert all(inside) if limited else not any(inside)  # Adam's first step has the size of lr
+        assert not limited or any(abs(ratio - 0.98**steps) < 1e-5 for ratio in ratios)
 
 
 def test_starts_from_the_weights_of_an_ann(small, tmp_path):
