@@ -1,10 +1,12 @@
-"""What is in a picture, by a network that comes trained (checkpoint/README.md): its five likeliest classes.
+"""What is in a picture, by a network that comes trained or one of yours: its five likeliest classes.
 
     python cifar/predict.py cat.jpg FOLDER --network resnet20_if_cifar10
+    python cifar/predict.py cat.jpg --network checkpoint/imagefolder/preresnet.resnet18_lif.pth
 
 With the spikes that this picture makes and an estimate of their energy, beside that of the ANN of the same
 shape (utils/report.py says what is counted). Pictures may have any size: the largest square in the middle is
-shown to the network at 32x32. The networks were trained on a JPEG copy of CIFAR-10.
+shown to the network at 32x32. The networks that come trained were so on a JPEG copy of CIFAR-10
+(checkpoint/README.md).
 """
 
 import sys
@@ -17,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cifar.program import get_parser as training_parser
 from models import create_model
+from models.registry import NETWORKS
 from utils import checkpoint, foreign
 from utils.cli import Parser, require, run_program
 from utils.data import read_image
@@ -60,7 +63,7 @@ def predict(model, classes, file):
 def get_parser():
     parser = Parser({}, description=__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="image files, or folders of them")
-    text = "one that comes trained: a name in checkpoint/pretrained"
+    text = "one that comes trained, or the checkpoint of an SNN that cifar/main_single_gpu.py has trained"
     parser.add_argument("--network", metavar="NAME", default="resnet20_lif_cifar10", help=text)
     return parser
 
@@ -68,14 +71,20 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     names = sorted(file.stem for file in checkpoint.PRETRAINED.glob("*.pth"))
-    unknown = f"no network {args.network!r} comes trained; choose from: {', '.join(names) or 'none yet'}"
-    require(args.network in names, unknown)
-    source = checkpoint.PRETRAINED / f"{args.network}.pth"
+    unknown = f"no network {args.network!r} comes trained, and no file is called so; choose a file or one of"
+    require(args.network in names or Path(args.network).is_file(), f"{unknown}: {', '.join(names) or '-'}")
+    source = checkpoint.find(args.network, checkpoint.PRETRAINED)
     content = foreign.load_run(source, "acc")
-    classes, made = content["classes"], content["args"]
+    classes, made = content.get("classes"), content["args"]
+    entry, images = NETWORKS.get(made.get("model")), made.get("dataset") in ("cifar10", "imagefolder")
+    fit = f"{source} is not of an SNN trained on images (cifar10 or imagefolder); choose one that is"
+    require(entry and entry.kind != "ann" and images, fit)
+    named = isinstance(classes, list) and all(map(foreign.is_plain, classes))
+    require(named, f"{source} does not name its classes; train it with this version, an epoch is enough")
     model = load_network(content, source, len(classes), backward="unrolled")
-    about = f"{made['model']}, T={model.timesteps}, trained on {made['trained_on']}"
-    print(f"{args.network}: {about}, {float(content['acc']):.2f} % right there")
+    trained_on = made.get("trained_on", f"{made['dataset']} from {made['path']}")
+    about = f"{made['model']}, T={model.timesteps}, trained on {trained_on}"
+    print(f"{source.stem}: {about}, {float(content['acc']):.2f} % right there")
     for file in pictures(args.pictures):
         predict(model, classes, file)
 

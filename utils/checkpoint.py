@@ -102,3 +102,16 @@ def load_weights(model, state_dict, path, optional=()):
         wrong = [f"{key} is missing" for key in missing if key.rpartition(".")[2] not in optional]
         wrong += [f"{key} is unknown" for key in unknown]
     refuse(f"{path} does not fit this model and number of classes", sorted(wrong))
+
+
+def for_other_classes(state_dict, model, classes, path):
+    """The weights, with the model's own where those are of another number of classes, which it warns of."""
+    given, fresh = {key.removeprefix("module."): x for key, x in state_dict.items()}, {}
+    for key, own in model.state_dict().items():
+        shape = getattr(given.get(key), "shape", own.shape)
+        if shape != own.shape and own.shape[:1] == (classes,) and shape[1:] == own.shape[1:]:
+            fresh[key] = own
+    layers = ", ".join(sorted({key.rpartition(".")[0] for key in fresh}))
+    if layers:
+        warn(f"{path} is of another number of classes, not {classes}: {layers} start afresh")
+    return given | fresh

@@ -115,8 +115,7 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=lam
         print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}{label}")
     else:
         if args.pre_train:
-            path = checkpoint.find(args.pre_train, files.folder)
-            checkpoint.load_weights(model, foreign.load(path)["state_dict"], path, optional=("Vth",))
+            start_from(checkpoint.find(args.pre_train, files.folder), model, data.classes, args.evaluate)
         prepare(model)
     workers = min(args.workers, os.cpu_count() or args.workers)
     loading = dict(workers=workers, pin_memory=args.pin_memory and device.type == "cuda")
@@ -190,6 +189,14 @@ def compare(args, resumed, source, fixed):
     if resumed["iteration"] and "train_batch" in differing:
         warn("the epoch that was under way starts again, since its batches differ")
         resumed["iteration"] = 0
+
+
+def start_from(path, model, classes, evaluate):
+    """The weights of --pre_train for a network of so many classes; another number must not be evaluated."""
+    weights = foreign.load(path)["state_dict"]
+    if not evaluate:
+        weights = checkpoint.for_other_classes(weights, model, classes, path)
+    checkpoint.load_weights(model, weights, path, optional=("Vth",))
 
 
 def build_model(args, classes, device, create_model):

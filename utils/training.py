@@ -263,5 +263,7 @@ class Run:
         state = dict(epoch=self.epoch, iteration=self.step, state_dict=weights, log=self.recorder.rows)
         state |= {accuracy: top1, f"best_{accuracy}": self.best_acc} | within
         state |= dict(arch=self.args.model, optimizer=self.optimizer.state_dict(), args=vars(self.args))
+        if classes := getattr(self.train_loader.dataset.dataset, "classes", None):
+            state["classes"] = classes  # their names
         state |= dict(versions=dict(torch=str(torch.__version__), python=platform.python_version()))
         checkpoint.save(state, file, self.files.previous if file == self.files.checkpoint else None)

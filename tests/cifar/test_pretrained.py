@@ -116,12 +116,52 @@ def test_predict(tiny, capsys):
     assert all(170 < float(line.split("the same shape ")[1].split()[0]) < 188 for line in lines[1::2])
 
 
+def test_predict_by_a_run_of_ones_own(tiny, capsys):
+    (log,) = (tiny.parent / "out" / "imagefolder").glob("*.txt")
+    picture = str(tiny.parent / "images" / "test" / "red" / "0.png")
+    for network in ("tiny_lif", str(log.with_suffix(".pth"))):
+        predict.main(["--network", network, picture])
+    published, _, _, own, *same = capsys.readouterr().out.splitlines()
+    assert own.startswith(log.stem) and f"trained on imagefolder from {tiny.parent / 'images'}" in own
+    predict.main(["--network", "tiny_lif", picture])
+    assert capsys.readouterr().out.splitlines() == [published, *same]
+
+
+def test_a_network_learns_other_classes(tiny, tmp_path, capsys):
+    """With --pre_train all weights stay but those of the classes; and their number must fit to be tested."""
+    images = write_images(tmp_path / "images")
+    for split in ("train", "test"):
+        shutil.copytree(images / split / "red", images / split / "white")
+    argv = [
+        *shlex.split(f"{RUN} --lr 1e-30 --warmup 0 --pre_train tiny_lif"),
+        *where(images, tmp_path / "out"),
+    ]
+    main_single_gpu.main(argv)
+    told = "another number of classes, not 3: bn2, linear start afresh"
+    assert told in capsys.readouterr().err
+    (file,) = (tmp_path / "out" / "imagefolder").glob("*lif.pth")
+    before, after = (torch.load(f, weights_only=True)["state_dict"] for f in (tiny / "tiny_lif.pth", file))
+    assert before.keys() == after.keys()
+    learned = [key for key in before if key.endswith(("weight", "bias"))]
+    other = {key for key in learned if before[key].shape != after[key].shape}
+    assert other == {"linear.weight", "linear.bias", "bn2.weight", "bn2.bias"}
+    assert all(torch.allclose(before[key], after[key], atol=1e-20) for key in set(learned) - other)
+    with pytest.raises(UserError, match="does not fit this model and number of classes"):
+        main_single_gpu.main([*argv, "--evaluate"])
+
+
 def test_mistakes(tiny, tmp_path):
     (tmp_path / "text.png").write_text("hello")
     (log,) = (tiny.parent / "out" / "imagefolder").glob("*.txt")
+    ann, nameless = torch.load(log.with_suffix(".pth"), weights_only=True), tmp_path / "nameless.pth"
+    torch.save({key: value for key, value in ann.items() if key != "classes"}, nameless)
+    ann["args"]["model"] = "preresnet.resnet20_ann"
+    torch.save(ann, tmp_path / "ann.pth")
     unknown, found = str(shutil.copy(log.with_suffix(".pth"), tmp_path)), []  # without its .run.json
     for main, argv in (
         (predict.main, ["x.png", "--network", "tiny_if"]),
+        (predict.main, ["x.png", "--network", str(tmp_path / "ann.pth")]),
+        (predict.main, ["x.png", "--network", str(nameless)]),
         (predict.main, [str(tmp_path / "text.png"), "--network", "tiny_lif"]),
         (predict.main, [str(tiny), "--network", "tiny_lif"]),
         (reproduce.main, ["publish", unknown, "x", "--trained_on", "y"]),
@@ -129,5 +169,12 @@ def test_mistakes(tiny, tmp_path):
         with pytest.raises(UserError) as error:
             main(argv)
         found.append(str(error.value))
-    said = ["no network 'tiny_if'", "cannot read the image", "no pictures in", "not the last checkpoint"]
+    said = [
+        "no network 'tiny_if'",
+        "not of an SNN",
+        "does not name its classes",
+        "cannot read the image",
+        "no pictures in",
+        "not the last checkpoint",
+    ]
     assert all(words in text for words, text in zip(said, found, strict=True))
