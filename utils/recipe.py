@@ -20,17 +20,19 @@ def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=Fal
 
 def limit_steps(optimizer, thresholds):
     """Have no step of `optimizer` change a threshold by more than LARGEST_STEP of it."""
-    before = []
+    bounds = []
 
     def remember(*_):
-        before[:] = [threshold.detach().clone() for threshold in thresholds]
+        before = torch.stack(thresholds).detach()
+        bounds[:] = [(before * factor).unbind() for factor in (1 - LARGEST_STEP, 1 + LARGEST_STEP)]
 
     def limit(*_):
-        for threshold, old in zip(thresholds, before):
-            threshold.data.clamp_(old * (1 - LARGEST_STEP), old * (1 + LARGEST_STEP))
+        for threshold, low, high in zip(thresholds, *bounds):
+            threshold.data.clamp_(low, high)
 
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(limit)
+    if thresholds:
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(limit)
 
 
 def load_optimizer(optimizer, state, path):
