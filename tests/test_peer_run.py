@@ -1,4 +1,4 @@
-"""SpikingJelly's neurons in our network compute what ours do, and a run by them stands apart from ours."""
+"""SpikingJelly's neurons compute what ours do, forward and backward; a run by them stands apart from ours."""
 
 import json
 import shlex
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import reproduce
-from benchmarks.peer_run import main, peer_model
-from models import create_model
+from benchmarks.peer_run import main, peer_model, peer_of
+from models import IFNeuron, LIFNeuron, create_model
 
 
 @pytest.mark.parametrize("kind", ["if", "lif"])
@@ -19,6 +19,19 @@ def test_the_same_logits(kind):
     peer.load_state_dict(ours.state_dict())
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(peer(images), ours(images))
+
+
+@pytest.mark.parametrize("neuron", [IFNeuron, LIFNeuron])
+def test_the_same_gradients(neuron):
+    ours = neuron(timesteps=5, Vth=0.3, alpha=0.6, **dict(delta_t=0.2) if neuron is LIFNeuron else {})
+    node, g = peer_of(ours), torch.randn(5 * 8, 30)
+    start = torch.linspace(-1, 2, 8 * 30).view(8, 30) + torch.randn(5, 8, 30) / 10
+    x, y = start.flatten(0, 1).requires_grad_(), start.clone().requires_grad_()
+    ours(x).backward(g)
+    node(y).flatten(0, 1).backward(g)
+    torch.testing.assert_close(x.grad, y.grad.flatten(0, 1))
+    torch.testing.assert_close(ours.Vth.grad, node.v_threshold.grad)
+    assert x.grad.any() and not x.grad.all() and ours.Vth.grad  # in all zones of the clamp
 
 
 def test_a_run_is_named_and_listed_apart(images, tmp_path):
