@@ -26,6 +26,11 @@ def resnet20_lif_cifar10(pretrained=False):
     return _network("resnet20_lif_cifar10", pretrained)
 
 
+def resnet20_ann_cifar10(pretrained=False):
+    """ResNet-20 with ReLUs, an ANN, trained on a JPEG copy of CIFAR-10; its weights suit the other two."""
+    return _network("resnet20_ann_cifar10", pretrained)
+
+
 def _network(name, pretrained):
     """The network with its settings of training and, if `pretrained`, its weights, thresholds among them.
 
