@@ -27,7 +27,7 @@ def resnet20_lif_cifar10(pretrained=False):
 
 
 def resnet20_ann_cifar10(pretrained=False):
-    """ResNet-20 with ReLUs, an ANN, trained on a JPEG copy of CIFAR-10; its weights suit the other two."""
+    """ResNet-20 with ReLUs, an ANN, trained on a JPEG copy of CIFAR-10; SNNs may start from it."""
     return _network("resnet20_ann_cifar10", pretrained)
 
 

@@ -76,15 +76,15 @@ def main(argv=None):
     source = checkpoint.find(args.network, checkpoint.PRETRAINED)
     content = foreign.load_run(source, "acc")
     classes, made = content.get("classes"), content["args"]
-    entry, images = NETWORKS.get(made.get("model")), made.get("dataset") in ("cifar10", "imagefolder")
+    entry, images = NETWORKS.get(str(made.get("model"))), made.get("dataset") in ("cifar10", "imagefolder")
     fit = f"{source} is not of an SNN trained on images (cifar10 or imagefolder); choose one that is"
     require(entry and entry.kind != "ann" and images, fit)
     named = isinstance(classes, list) and all(map(foreign.is_plain, classes))
     require(named, f"{source} does not name its classes; train it with this version, an epoch is enough")
     model = load_network(content, source, len(classes), backward="unrolled")
-    trained_on = made.get("trained_on", f"{made['dataset']} from {made['path']}")
+    trained_on = made.get("trained_on", f"{made['dataset']} from {made.get('path')}")
     about = f"{made['model']}, T={model.timesteps}, trained on {trained_on}"
-    print(f"{source.stem}: {about}, {float(content['acc']):.2f} % right there")
+    print(f"{source.stem}: {about}, {foreign.number(content.get('acc')):.2f} % right there")
     for file in pictures(args.pictures):
         predict(model, classes, file)
 

@@ -52,6 +52,6 @@ def main(argv=None, description="", lr=0.1, processes=False):
     fit = f"--model {args.model} takes {takes.inputs} of {takes.shape}, --dataset {args.dataset} holds"
     same = (takes.inputs, takes.shape) == (source.inputs, source.shape)
     require(same, f"{fit} {source.inputs} of {source.shape}; choose others")
-    own = dict(create_model=create_model, fit_thresholds=fit_thresholds)
+    own = dict(create_model=create_model, fit_thresholds=fit_thresholds, transfer=True)
     run(args, files=run_files(args), device=device, fixed=parser.fixed, **own)
     distributed.leave()

@@ -89,11 +89,10 @@ def load(args):
     return load_data(args.dataset, args.path, args.timesteps, getattr(args, "image_size", None))
 
 
-def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=lambda model: None):
+def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=None, transfer=False):
     """Train or evaluate as the flags say; a run that goes on must keep the `fixed` ones. Raises UserError.
 
-    `create_model` and `fit_thresholds` are those of `models`.
-    `prepare(model)` is called with a model that starts, after the weights of --pre_train.
+    `prepare(model)` follows the weights of --pre_train. `transfer`: they may be of another number of classes.
     """
     validate(args)
     resumed, source = resume(args, files, fixed)
@@ -115,8 +114,10 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=lam
         print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}{label}")
     else:
         if args.pre_train:
-            start_from(checkpoint.find(args.pre_train, files.folder), model, data.classes, args.evaluate)
-        prepare(model)
+            others = data.classes if transfer and not args.evaluate else None
+            start_from(checkpoint.find(args.pre_train, files.folder), model, others)
+        if prepare is not None:
+            prepare(model)
     workers = min(args.workers, os.cpu_count() or args.workers)
     loading = dict(workers=workers, pin_memory=args.pin_memory and device.type == "cuda")
     test = test_loader(data.test, batch_size=args.test_batch, **loading)
@@ -191,10 +192,10 @@ def compare(args, resumed, source, fixed):
         resumed["iteration"] = 0
 
 
-def start_from(path, model, classes, evaluate):
-    """The weights of --pre_train for a network of so many classes; another number must not be evaluated."""
+def start_from(path, model, classes):
+    """The weights of --pre_train; with `classes`, their number here, those of others start afresh."""
     weights = foreign.load(path)["state_dict"]
-    if not evaluate:
+    if classes is not None:
         weights = checkpoint.for_other_classes(weights, model, classes, path)
     checkpoint.load_weights(model, weights, path, optional=("Vth",))
 
