@@ -1,97 +1,78 @@
-"""What slows an SNN's training down: its few levels, or its spikes? An ANN whose ReLUs have T+1 levels tells.
+"""What does an SNN lose to its few levels, and what to its spikes? An ANN whose ReLUs have T+1 levels tells.
 
-    python benchmarks/levels.py --path ./data/cifar10_jpeg --timesteps 5 20
+    python benchmarks/levels.py latency-if-t5 --seed 1 --model preresnet.resnet20_if --Vth auto \
+        --pre_train resnet20_ann_cifar10 --dataset imagefolder --path ./data/cifar10_jpeg \
+        --epochs 12 --lr 0.01
 
-An IF layer passes on one of T+1 values, 0 to Vth. So does the rounded ANN here, with the SNN's fitted
-thresholds and the same straight-through gradient, but without spikes: nothing fluctuates over time. ANN,
-rounded ANN and SNN start from the same weights and see the same batches; the table has their mean training
-loss by stages.
+An IF layer passes on one of T+1 values, 0 to Vth. So does each ReLU here, with a threshold that starts and
+is trained like the SNN's, and with the same gradient, but without spikes: nothing fluctuates over time. Takes
+the flags of `reproduce.py run ROW` and starts from the same weights as that run with the same seed, sees the
+same batches, and fits thresholds in the same way. The same command goes on where a run was stopped;
+`reproduce.py table` and `curves` show it beside ours, under its own name.
 """
 
-import argparse
 import sys
-import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rounded import rounded  # noqa: E402
-from thresholds import start as start_run  # noqa: E402
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
+from replaced import run_row  # noqa: E402
+from rounded import round_to_levels  # noqa: E402
 
-from cifar import program as cifar  # noqa: E402
-from models import create_model  # noqa: E402
-from utils import results  # noqa: E402
+import models  # noqa: E402
 from utils.cli import require, run_program  # noqa: E402
-from utils.data import train_loader  # noqa: E402
-from utils.program import count, positive  # noqa: E402
-
-SHAPE = "preresnet.resnet20"
-STAGES = 5
+from utils.statistics import neuron_layers  # noqa: E402
 
 
-def of_same_weights(spiking, classes):
-    """The ANN of a spiking network: its weights, ReLUs in the place of its neurons."""
-    ann = create_model(f"{SHAPE}_ann", num_classes=classes).train()
-    ann.load_state_dict(spiking.state_dict(), strict=False)
-    return ann
+@dataclass
+class Levels:
+    """What stands for the spikes: numbers from 0 to T, each for as many spikes of T steps."""
+
+    numbers: torch.Tensor
+    timesteps: int
+
+    @property
+    def shape(self):
+        return torch.Size([self.timesteps, *self.numbers.shape])
+
+    def count(self):
+        return self.numbers.long().sum()
 
 
-def losses(model, data, args, steps):
-    """The training loss of every step, SGD as in the flags."""
-    settings = dict(batch_size=args.train_batch, workers=0, seed=args.manualSeed, pin_memory=False)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
-    found, epoch = [], 0
-    while len(found) < steps:
-        loader = train_loader(data.train, **settings)
-        loader.sampler.start(epoch)
-        for images, labels in loader:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (len(found) + 1) / args.warmup)
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-            if len(found) == steps:
-                break
-        epoch += 1
-    return found
+def forward(neuron, timesteps, x):
+    """x (B, ...) -> the nearest of T+1 levels, by the threshold of the layer."""
+    neuron.project_threshold()
+    activations, numbers = round_to_levels(x, timesteps, neuron.Vth)
+    neuron.report_spikes(Levels(numbers, timesteps))
+    return activations
+
+
+def levels_model(name, *, timesteps, **settings):
+    """The network of IF neurons, but with one time step, in which T+1 levels stand for T steps."""
+    model = models.create_model(name, timesteps=1, **settings | dict(backward="unrolled"))
+    for _, neuron in neuron_layers(model):
+        require(
+            type(neuron) is models.IFNeuron, f"{name}: the levels are those of IF neurons; give an _if one"
+        )
+        neuron.forward = partial(forward, neuron, timesteps)
+    model.spiking = partial(models.create_model, name, timesteps=timesteps, **settings)
+    return model
+
+
+def fit_thresholds(model, batches, apply):
+    """The fits of the SNN of the same weights, which is what its thresholds start at."""
+    spiking = model.spiking()
+    spiking.load_state_dict(model.state_dict())
+    return models.fit_thresholds(spiking.train(), batches, apply=False)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--path", required=True, help="images by class: train/<class>/*, test/<class>/*")
-    parser.add_argument("--timesteps", type=count, nargs="+", default=[5])
-    parser.add_argument("--steps", type=count, default=250, help=f"a multiple of {STAGES}")
-    parser.add_argument("--lr", type=positive, default=0.1)
-    options = parser.parse_args(argv)
-    require(options.steps % STAGES == 0, f"--steps {options.steps} must be a multiple of {STAGES}")
-    size = options.steps // STAGES
-    table = [f"| network | {' | '.join(f'to {(i + 1) * size}' for i in range(STAGES))} | s |"]
-    table.append("|" + " --- |" * (STAGES + 2))
-    for T in options.timesteps:
-        flags = f"--preset latency-if-t5 --model {SHAPE}_if --Vth auto --dataset imagefolder --timesteps {T}"
-        flags += f" --lr {options.lr} --warmup 60 --manualSeed 1 --path"
-        args = cifar.get_parser().parse([*flags.split(), options.path])
-        data, spiking = start_run(args)
-        few = rounded(of_same_weights(spiking, data.classes), spiking)
-        networks = {f"ANN of {T + 1} levels": few, f"IF, T={T}": spiking}
-        if len(table) == 2:
-            networks = {"ANN": of_same_weights(spiking, data.classes)} | networks
-        for name, model in networks.items():
-            start = time.perf_counter()
-            found = losses(model, data, args, options.steps)
-            means = [f"{sum(found[i * size : (i + 1) * size]) / size:.3f}" for i in range(STAGES)]
-            table.append(f"| {name} | {' | '.join(means)} | {time.perf_counter() - start:.0f} |")
-            print(f"{name}: {means[-1]}", flush=True)
-    print("\n".join(["", *table]))
-    print(f"\n{results.hardware('cpu')}, torch {torch.__version__}")
+    ours = dict(create_model=levels_model, fit_thresholds=fit_thresholds)
+    names = dict(suffix="_levels", neurons=lambda args: f"{args.timesteps + 1} levels without spikes")
+    run_row(__file__, __doc__, argv, **names, **ours)
 
 
 if __name__ == "__main__":

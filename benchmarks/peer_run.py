@@ -9,22 +9,19 @@ you like (Ctrl-C): the same command goes on, and an epoch that is done counts. `
 `curves` show it beside ours, under its own name.
 """
 
-import argparse
 import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
+from replaced import run_row  # noqa: E402
 from spikingjelly.activation_based.neuron import DSRIFNode, DSRLIFNode  # noqa: E402
 
-import reproduce  # noqa: E402
 from models import LIFNeuron, create_model, fit_thresholds  # noqa: E402
 from models.engines.dense import Spikes  # noqa: E402
-from utils import checkpoint, program, results  # noqa: E402
-from utils.cli import choose_device, run_program  # noqa: E402
-from utils.records import alone  # noqa: E402
+from utils.cli import run_program  # noqa: E402
 from utils.statistics import neuron_layers  # noqa: E402
 
 
@@ -56,21 +53,9 @@ def forward(neuron, node, currents):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("row", choices=reproduce.cifar.ROWS, metavar="ROW", help="of `reproduce.py list`")
-    parser.add_argument("--seed", type=program.count, default=1)
-    options, flags = parser.parse_known_args(argv)
-    _, args, _ = reproduce.plan(options.row, options.seed, flags)
-    args.name, args.neurons = args.name + "_peer", f"spikingjelly {metadata.version('spikingjelly')}"
-    files = reproduce.cifar.run_files(args)
-    checkpoint.make_folder(files.folder)
-    command = ["python", "benchmarks/peer_run.py", *(sys.argv[1:] if argv is None else argv)]
-    how = dict(device=choose_device(args.device), fixed=reproduce.cifar.get_parser().fixed)
-    with alone(files):
-        results.add_session(files.session, args.device, command)
-        program.run(args, files=files, **how, create_model=peer_model, fit_thresholds=fit_thresholds)
+    version = metadata.version("spikingjelly")
+    theirs = dict(suffix="_peer", neurons=lambda args: f"spikingjelly {version}", create_model=peer_model)
+    run_row(__file__, __doc__, argv, **theirs, fit_thresholds=fit_thresholds)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,18 @@ import torch
 from torch import nn
 
 
+def round_to_levels(x, levels, Vth):
+    """x -> the nearest of the values 0, Vth/levels, ..., Vth; and its number, from 0 to `levels`.
+
+    The gradient is that of clamp(x, 0, Vth).
+    """
+    clamped, step = torch.minimum(x.relu(), Vth), (Vth / levels).detach()
+    numbers = (clamped / step).detach().round()
+    return clamped + (numbers * step - clamped).detach(), numbers
+
+
 class RoundedReLU(nn.Module):
-    """x -> the nearest of the T+1 values 0, Vth/T, ..., Vth; its gradient is that of clamp(x, 0, Vth)."""
+    """A ReLU of T+1 levels."""
 
     timesteps = 1  # of the network: an ANN's
 
@@ -14,9 +24,7 @@ class RoundedReLU(nn.Module):
         self.levels, self.Vth = levels, nn.Parameter(Vth.detach().clone())
 
     def forward(self, x):
-        clamped = torch.minimum(x.relu(), self.Vth)
-        step = (self.Vth / self.levels).detach()
-        return clamped + ((clamped / step).round() * step - clamped).detach()
+        return round_to_levels(x, self.levels, self.Vth)[0]
 
     def decode(self, activations):
         return activations
