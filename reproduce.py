@@ -17,7 +17,7 @@ import argparse
 import shlex
 import sys
 import zlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Subset
@@ -47,14 +47,15 @@ DAYS = 0.385 / (8 * 20 * 0.48e9) * 1e15 / 86400
 def departures(row, args):
     """In what the arguments `args` (a dict) depart from the row: text for readers, text for a file's name."""
     parser = PROGRAMS[row].get_parser()
-    expected, names = vars(parser.parse(["--preset", row])), parser.fixed
+    expected, names = vars(parser.parse(["--preset", row])) | dict(went_on_from=""), parser.fixed
     if args.get("dataset", "imagenet") in ("imagefolder", "imagenet"):  # which nothing checks
         names = [*names, "path"]
-    names = sorted([*names, "pre_train"] if PROGRAMS[row] is cifar else names)  # ImageNet's is of the chain
-    names = [name for name in names if args.get(name, expected[name]) != expected[name]]
+    names = [*names, "went_on_from", *["pre_train"] * (PROGRAMS[row] is cifar)]  # ImageNet's is of the chain
+    names = [name for name in sorted(names) if args.get(name, expected[name]) != expected[name]]
     if "neurons" in args:  # of another library: benchmarks/peer_run.py
         names, expected["neurons"] = [*names, "neurons"], "ours"
-    files, expected["pre_train"] = ("path", "pre_train"), "none"
+    files = "path", "pre_train", "went_on_from"
+    expected |= dict.fromkeys(files[1:], "none")
     values = {name: Path(args[name]).name if name in files else args[name] for name in names}
     text = "; ".join(f"{name} {value} instead of {expected[name]}" for name, value in values.items())
     stem = "".join(f"_{name}-{Path(str(value)).name}" for name, value in values.items())
@@ -99,8 +100,8 @@ def run(row, seeds, flags, command):
         checkpoint.make_folder(files.folder)
         with alone(files):
             results.add_session(files.session, args.device, command)
-            print("python", PROGRAMS[row].SCRIPT, shlex.join(argv), flush=True)
-            PROGRAMS[row].main(argv)
+        print("python", PROGRAMS[row].SCRIPT, shlex.join(argv), flush=True)
+        PROGRAMS[row].main(argv)
 
 
 def find_runs(folder):
@@ -139,9 +140,8 @@ def report_checkpoint(options):
     """Write the report of a checkpoint beside it, as Markdown and a picture."""
     file = checkpoint.find(options.checkpoint, ".")
     content = foreign.load(file)
-    settings = content.get("args")
-    known = isinstance(settings, dict) and "model" in settings
-    require(known, f"{file} does not hold the settings of its run (args), which a report needs")
+    settings = content["args"] if isinstance(content.get("args"), dict) else {}
+    require("model" in settings, f"{file} does not hold the settings of its run (args), which a report needs")
     program = cifar if settings["model"] in cifar.MODELS else imagenet
     args = program.get_parser().parse([])
     vars(args).update(settings, compile=False, sync_bn=False)
@@ -152,11 +152,13 @@ def report_checkpoint(options):
     require(options.ann or not options.thresholds, "--thresholds needs the weights of an ANN: --ann FILE")
     trained_on = getattr(args, "trained_on", f"{args.dataset} from {args.path}")
     args.path, device = options.path or args.path, choose_device(options.device)
+    data_of = cache(lambda T: load(argparse.Namespace(**vars(args) | dict(timesteps=T))))
+    checkpoint.make_folder(file.parent, "place: copy the checkpoint there")
 
     def of(T, model=args.model, source=file, thresholds=None, bits=None):
         """The Measurement of the network with the weights in `source`, perhaps rounded, and T time steps."""
         setting = argparse.Namespace(**vars(args) | dict(model=model, timesteps=T))
-        data = load(setting)
+        data = data_of(T if entry.inputs == "event frames" else args.timesteps)
         n = min(options.limit or len(data.test), len(data.test))
         chosen = Subset(data.test, [i * len(data.test) // n for i in range(n)])  # of all classes
         snn = build_model(setting, data.classes, device, create_model)
@@ -202,8 +204,7 @@ def publish(options):
 
 def draw_curves(options):
     """Draw the accuracy of the chosen runs, or of all, against epochs and hours."""
-    outcomes = [outcome for group in find_runs(options.checkpoint).values() for outcome in group]
-    stems = {outcome.files.arguments.stem: outcome for outcome in outcomes}
+    stems = {o.files.arguments.stem: o for group in find_runs(options.checkpoint).values() for o in group}
     unknown = [text for text in options.runs if not any(text in stem for stem in stems)]
     refuse(f"no run below {options.checkpoint} has in its name", unknown)
     wanted = options.runs or [""]
@@ -268,8 +269,7 @@ def get_parser():
 def main(argv=None):
     options, flags = get_parser().parse_known_args(argv)
     if options.task == "run":
-        known = options.row in ROWS
-        require(known, f"unknown row {options.row!r}; choose from: {', '.join(ROWS)}")
+        require(options.row in ROWS, f"unknown row {options.row!r}; choose from: {', '.join(ROWS)}")
         command = ["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)]
         return run(options.row, options.seed or range(1, options.seeds + 1), flags, command)
     require(not flags, f"unrecognized arguments: {' '.join(flags)}; --help lists the flags")

@@ -5,8 +5,8 @@
 
 With the spikes that this picture makes and an estimate of their energy, beside that of the ANN of the same
 shape (utils/report.py says what is counted). Pictures may have any size: the largest square in the middle is
-shown to the network at 32x32. The networks that come trained were so on a JPEG copy of CIFAR-10
-(checkpoint/README.md).
+shown to the network at 32x32; to one that you have trained on an imagefolder all of it, squeezed, as there.
+The networks that come trained were so on a JPEG copy of CIFAR-10 (checkpoint/README.md).
 """
 
 import sys
@@ -22,7 +22,7 @@ from models import create_model
 from models.registry import NETWORKS
 from utils import checkpoint, foreign
 from utils.cli import Parser, require, run_program
-from utils.data import read_image
+from utils.data import SQUEEZED, read_image
 from utils.pretrained import SEE
 from utils.program import build_model
 from utils.report import Measurement
@@ -49,9 +49,9 @@ def pictures(names):
 
 
 @torch.no_grad()
-def predict(model, classes, file):
-    """Print what the model sees in the picture `file`, and what that costs."""
-    image = SEE(read_image(file))[None]
+def predict(model, classes, file, see):
+    """Print what the model sees in the picture `file` through the transform `see`, and what that costs."""
+    image = see(read_image(file))[None]
     likeliest = model(image).softmax(1)[0].topk(min(5, len(classes)))
     found = zip(likeliest.values.tolist(), likeliest.indices.tolist())
     print(f"{file}: " + ", ".join(f"{classes[label]} {100 * p:.1f} %" for p, label in found))
@@ -85,8 +85,9 @@ def main(argv=None):
     trained_on = made.get("trained_on", f"{made['dataset']} from {made.get('path')}")
     about = f"{made['model']}, T={model.timesteps}, trained on {trained_on}"
     print(f"{source.stem}: {about}, {foreign.number(content.get('acc')):.2f} % right there")
+    own = made["dataset"] == "imagefolder" and "trained_on" not in made  # which its test saw squeezed
     for file in pictures(args.pictures):
-        predict(model, classes, file)
+        predict(model, classes, file, SQUEEZED if own else SEE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Neuron layers and networks trained with Differentiation on Spike Representation. Imports torch alone."""
+"""Neuron layers and networks trained with Differentiation on Spike Representation. Needs torch alone."""
 
 from models.neurons import IFNeuron, LIFNeuron
 from models.registry import create_model, list_models

@@ -15,7 +15,7 @@ from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
 from models.synchronized import synchronize
-from models.trains import SpikeTrain
+from models.trains import DROPOUTS, SpikeTrain
 
 BACKWARDS = ("collapsed", "unrolled", "rate")
 
@@ -104,7 +104,7 @@ class SpikingNetwork(nn.Module):
         """Whether the backward pass need not unroll time; for the gradient of x or a mask a step it must."""
         if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
             return False
-        drops = [m for m in self.modules() if isinstance(m, nn.Dropout) and m.training and m.p]
+        drops = [m for m in self.modules() if isinstance(m, DROPOUTS) and m.training and m.p]
         if all(getattr(drop, "shared", False) for drop in drops):
             return True
         warnings.warn("dropout with a mask a time step: the backward pass unrolls time", stacklevel=2)

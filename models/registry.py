@@ -121,7 +121,9 @@ def create_model(
     sizes = {key: settings.pop(key) for key in ("num_classes", "dropout")}
     settings["train_Vth"] = train_Vth
     model = entry.build(activation=activation_factory(entry.kind, settings), **sizes)
-    model.backward, model.engine = "unrolled" if entry.kind == "ann" else backward, engine
+    model.backward, model.engine = backward, engine
+    if entry.kind == "ann":
+        model.backward = "unrolled"
     for module in model.modules():
         if isinstance(module, Dropout):
             module.shared = dropout_mask == "shared"

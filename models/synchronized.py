@@ -20,8 +20,10 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         mean, var, n = self.combine(mean, var, x.numel() // x.shape[1])
         track(self, mean.detach(), var.detach(), n)
-        scale = self.weight / (var + self.eps).sqrt()
-        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        sigma = (var + self.eps).sqrt()
+        scale = 1 / sigma if self.weight is None else self.weight / sigma
+        x = (x - mean.view(shape)) * scale.view(shape)
+        return x if self.bias is None else x + self.bias.view(shape)
 
     def combine(self, mean, var, n):
         """Mean, variance and number of the values of all processes, from those of each."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from models.layers import SpikingNetwork
+from models.trains import DROPOUTS
+
 LOWEST_QUANTILE = 0.1  # of the positive representations: no lower threshold is tried
 COARSE, FINE, ROUNDS = 32, 10, 2  # how many thresholds are tried: at first, then near the best, twice
 FEW = 2**12  # elements are enough at first
@@ -110,6 +113,8 @@ def fit_layers(model, batches, layers, currents, apply, samples, seed):
     with undisturbed(model, [watch(*layer) for layer in layers]):
         for batch in batches:
             model(batch)
+    if layers and not fits:
+        raise ValueError("the forward pass of the model calls none of its neuron layers")
     return fits
 
 
@@ -118,8 +123,10 @@ def undisturbed(model, hooks):
     """While open, the forward pass calls every layer and has no dropout; then all is as before, unhooked."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
-    backward, model.backward = getattr(model, "backward", None), "unrolled"
+    dropouts = [module for module in model.modules() if isinstance(module, DROPOUTS) and module.training]
+    networks = [(module, module.backward) for module in model.modules() if isinstance(module, SpikingNetwork)]
+    for network, _ in networks:
+        network.backward = "unrolled"
     for dropout in dropouts:
         dropout.eval()
     try:
@@ -131,24 +138,26 @@ def undisturbed(model, hooks):
             dropout.train()
         for buffer, value in statistics:
             buffer.copy_(value)
-        model.backward = backward
+        for network, backward in networks:
+            network.backward = backward
 
 
 def draw(currents, share, generator):
     """At most `share` elements of currents (T, n)."""
     if currents.shape[1] <= share:
         return currents
-    return currents[:, torch.randint(currents.shape[1], (share,), generator=generator).to(currents.device)]
+    chosen = torch.randint(currents.shape[1], (share,), generator=generator, device="cpu")
+    return currents[:, chosen.to(currents.device)]
 
 
 def highest_potential(neuron, currents):
     """The highest membrane potential that currents (T, B, ...) charge up to where nothing fires."""
     lam, kappa = neuron.leak
-    potential, highest = torch.zeros_like(currents[0]), -math.inf
+    potential, highest = torch.zeros_like(currents[0]), []
     for current in currents:
         potential.mul_(lam).add_(current, alpha=kappa)
-        highest = max(highest, potential.max().item())
-    return highest
+        highest.append(potential.max())
+    return torch.stack(highest).max().item()
 
 
 def fit_layer(neuron, currents, highest, given):
@@ -207,7 +216,7 @@ def lowest_threshold(neuron, currents):
     positive = wanted(neuron, currents)
     positive = positive[positive > 0]
     rank = 1 + int(LOWEST_QUANTILE * (len(positive) - 1))
-    return positive.kthvalue(rank).values.item() * neuron.unit if len(positive) else math.inf
+    return positive.sort().values[rank - 1].item() * neuron.unit if len(positive) else math.inf
 
 
 def try_thresholds(neuron, currents, thresholds):
@@ -221,7 +230,7 @@ def try_thresholds(neuron, currents, thresholds):
         figures.append(torch.stack([error, rate, squared_correlation(represented, target)]))
     neuron.Vth.data.fill_(own)
     scale = target.square().mean().item()
-    figures = torch.stack(figures).tolist()  # at once: a GPU is waited for only here
+    figures = torch.stack(figures).tolist()  # at once, as a GPU waits
     return [Fit(Vth, relative(error, scale), *others) for Vth, (error, *others) in zip(thresholds, figures)]
 
 

@@ -1,6 +1,7 @@
 """Spike trains: what travels between the layers of a network."""
 
 from dataclasses import dataclass, replace
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -10,7 +11,9 @@ from models.functional import Read
 
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 AVERAGES += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+DROPOUTS = nn.modules.dropout._DropoutNd  # of all kinds
 LINEAR = (*AVERAGES, nn.Flatten, nn.Unflatten, nn.Identity)  # and without parameters: `map` takes them unseen
+CHECKED = WeakSet()  # modules that `map` has looked at: once is enough, as a GPU waits for it
 
 
 class Dropout(nn.Dropout):
@@ -47,7 +50,7 @@ class SpikeTrain:
         return self.backward == "unrolled"
 
     def values(self):
-        """The values of all steps, (T*B, ...); autograd sees them in unrolled networks alone."""
+        """The values, (T*B, ...), static ones (B, ...); autograd sees them in unrolled networks alone."""
         if self.unrolled:
             return self.spikes
         if self.amplitude is None:
@@ -72,8 +75,10 @@ class SpikeTrain:
         Where time is not unrolled, raises ValueError for a function that does not commute with the mean over
         time (a max pool, a LayerNorm), and for one with parameters, which belongs into a branch.
         """
-        if not (self.unrolled or self.static or self.mean is None or isinstance(function, LINEAR)):
+        known = isinstance(function, LINEAR) or function in CHECKED
+        if not (known or self.unrolled or self.static or self.mean is None):
             check_linear(function, self.mean)
+            CHECKED.update([function] * isinstance(function, nn.Module))
         return self.at_every_step(function)
 
     def at_every_step(self, function):
@@ -98,11 +103,17 @@ class SpikeTrain:
         if not (dropout.training and dropout.p):
             return self
         if not getattr(dropout, "shared", False):  # as torch's own
+            if not self.unrolled:
+                raise ValueError('a mask for each time step needs backward = "unrolled", or a shared Dropout')
             return self.at_every_step(dropout)
-        values = self.values()
-        shape = len(values) // (1 if self.static else self.timesteps), *values.shape[1:]
-        mask = dropout(torch.ones(shape, device=values.device))
-        return self.at_every_step(lambda x: (x.unflatten(0, (-1, len(mask))) * mask).flatten(0, 1))
+        batch, masks = self.spikes.shape[0] // (1 if self.static else self.timesteps), []
+
+        def masked(x):
+            if not masks:
+                masks.append(dropout(torch.ones(batch, *x.shape[1:], device=x.device)))
+            return (x.unflatten(0, (-1, batch)) * masks[0]).flatten(0, 1)
+
+        return self.at_every_step(masked)
 
 
 def check_linear(function, like):
@@ -112,7 +123,7 @@ def check_linear(function, like):
     The numbers come from a generator of their own, so that a run stays what it is.
     """
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(like.shape, generator=generator).to(like) for _ in range(2))
+    a, b = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for _ in range(2))
     with torch.autocast(like.device.type, enabled=False):
         at_a, at_b, at_sum, at_zero = (function(x) for x in (a, b, a + b, torch.zeros_like(a)))
     if at_a.requires_grad:

@@ -211,7 +211,7 @@ def test_quickstart(tmp_path):
     program(run)
     rows = (tmp_path / "digits/preresnet.resnet20_if.txt").read_text().splitlines()
     assert len(rows) == 1 + epochs
-    assert float(rows[-1].split("\t")[4]) > (95 if DEVICE == "cuda" else 15)  # the read-me: 98.1 %
+    assert float(rows[-1].split("\t")[4]) > (95 if DEVICE == "cuda" else 15)  # the read-me: 97.5 and more
 
 
 def test_the_imagenet_chain(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import nn
 
 import imagenet.main
@@ -197,6 +198,21 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(images, tmp_pat
     assert "| depth-lif-20 | 92.82 | - |" in page
 
 
+def test_processes_that_a_row_starts_may_lock_its_files(images, tmp_path, monkeypatch):
+    started = []
+
+    def torchrun(argv):  # whose first process asks for the run's lock
+        (lock,) = tmp_path.rglob(".*.lock")
+        with FileLock(lock, timeout=0):
+            started.append(argv)
+
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    (images / "test").rename(images / "val")
+    row = f"run main-imagenet-ann --data {images} -c {tmp_path} --device cpu --cpu_processes 2"
+    reproduce.main([*row.split(), "--multiprocessing-distributed"])
+    assert len(started) == 1 and "--multiprocessing-distributed" in started[0]
+
+
 def write_table(tmp_path):
     reproduce.main(["table", "--checkpoint", str(tmp_path / "out"), "--out", str(tmp_path / "R.md")])
     return (tmp_path / "R.md").read_text()
@@ -220,6 +236,7 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     leave(out, "main-cifar10-if", 4, [11.0] * 200, dataset="imagefolder", path="data/jpeg", warmup=9)
     leave(out, "main-cifar10-if", 5, [12.0] * 37)
     leave(out, "main-cifar10-if", 6, [13.0] * 200, pre_train="out/ann.pth")
+    leave(out, "main-cifar10-if", 7, [14.0] * 200, went_on_from="out/if.pth")
     ran, how, full = write_table(tmp_path).split("\n## ")[1:]
     # Means of 94 and 95, and of 96 and 95; standard deviations sqrt(1/2).
     figures = "94.50 ± 0.71 (94.00, 95.00) | 95.50 ± 0.71 (96.00, 95.00) | 2 | 200 | cifar10 |"
@@ -241,8 +258,9 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
         ("epochs 2 instead of 200", "20.00", "cifar10"),
         ("pre_train ann.pth instead of none", "13.00", "cifar10"),
         ("stopped after 37 of 200 epochs", "12.00", "cifar10"),
+        ("went_on_from if.pth instead of none", "14.00", "cifar10"),
     ]
-    assert how.count(" | main-cifar10-if | ") == 5
+    assert how.count(" | main-cifar10-if | ") == 6
     reproduce.main(["list", "--checkpoint", str(out)])
     assert "94.50 ± 0.71 (94.00, 95.00) (n=2) | " in capsys.readouterr().out
 

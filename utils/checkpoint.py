@@ -26,7 +26,8 @@ def make_folder(folder, flag="--checkpoint"):
 
 def save(content, path, previous=None, write=torch.save):
     """Write `content`: a reader finds the old file or the new one, never a part; `previous` keeps the old."""
-    draft, advice = path.with_name(path.name + ".tmp"), "free some space, then go on with --resume auto"
+    draft = path.with_name(path.name + ".tmp")
+    advice = "make room or choose another place; a run then goes on by --resume auto"
     with explained(lambda why: f"cannot write {path} ({why}); {advice}", OSError, RuntimeError):
         try:
             with draft.open("wb") as file:

@@ -78,7 +78,7 @@ def run_program(main, argv=None):
         warn(f"stopped by {name}; --resume auto goes on from the checkpoint")
         sys.exit(128 + stopped.args[0])
     except KeyboardInterrupt:
-        print("\ninterrupted; training goes on from its last checkpoint by --resume auto", file=sys.stderr)
+        print("\ninterrupted; --resume auto goes on with training from its checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

@@ -12,18 +12,24 @@ def plot(outcomes):
 
     Hours are those of training and tests together, as they passed: a machine that was shared or paused shows.
     Of an epoch that was interrupted they are those since its last start. A run whose time is not known for
-    every epoch is drawn against epochs alone.
+    every epoch is drawn against epochs alone. Seeds of one title and number of epochs share a colour.
     """
+    groups = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.title, outcome.args["epochs"]), []).append(outcome)
     figure = Figure(figsize=(12, 6), layout="constrained")
     epochs, time = figure.subplots(1, 2, sharey=True)
-    for outcome in outcomes:
-        accuracy, scalars = [row[-1] for row in outcome.epochs], dict(read_scalars(outcome.files.tensorboard))
-        hours = [seconds / 3600 for seconds in accumulate(scalars.get("seconds an epoch", []))]
-        label = f"{outcome.title}, seed {outcome.args['manualSeed']}: {accuracy[-1]:.2f} %"
-        marker = "o" if len(accuracy) < 20 else None
-        (line,) = epochs.plot(range(1, len(accuracy) + 1), accuracy, marker=marker, label=label)
-        if len(hours) == len(accuracy):
-            time.plot(hours, accuracy, marker=marker, color=line.get_color())
+    for i, ((title, _), seeds) in enumerate(groups.items()):
+        last = [f"{outcome.epochs[-1][-1]:.2f} % (seed {outcome.args['manualSeed']})" for outcome in seeds]
+        style, label = dict(color=f"C{i}", marker=".", ls="-"), f"{title}: {', '.join(last)}"
+        for outcome in seeds:
+            accuracy = [row[-1] for row in outcome.epochs]
+            scalars = dict(read_scalars(outcome.files.tensorboard))
+            hours = [seconds / 3600 for seconds in accumulate(scalars.get("seconds an epoch", []))]
+            epochs.plot(range(1, len(accuracy) + 1), accuracy, label=label, **style)
+            if len(hours) == len(accuracy):
+                time.plot(hours, accuracy, **style)
+            style["ls"], label = "--", None
     epochs.set(xlabel="epoch", ylabel="top-1 accuracy on the test set (%)")
     epochs.xaxis.get_major_locator().set_params(integer=True)
     time.set(xlabel="hours (wall clock)")

@@ -23,6 +23,7 @@ from utils.signals import leave_group
 CIFAR10 = t.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = t.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 IMAGENET = t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SQUEEZED = t.Compose([t.Resize((32, 32)), t.ToTensor(), CIFAR10])  # what tests on an imagefolder see
 DIGITS = t.Normalize((0.305,) * 3, (0.376,) * 3)  # mean and deviation of their pixels / 16
 
 
@@ -71,9 +72,8 @@ def cifar(path, dataset, normalize, **_):
 def imagefolder(path, **_):
     """<path>/train/<class>/* and <path>/test/<class>/* (or val/), at any size: resized to 32x32."""
     held_out = path / "test" if (path / "test").is_dir() or not (path / "val").is_dir() else path / "val"
-    resize = t.Resize((32, 32))
-    steps = t.Compose([resize, t.ToTensor(), CIFAR10])
-    return read_folders(path / "train", held_out, t.Compose([resize, augmentation(CIFAR10)]), steps)
+    augment = t.Compose([t.Resize((32, 32)), augmentation(CIFAR10)])
+    return read_folders(path / "train", held_out, augment, SQUEEZED)
 
 
 def imagenet(path, image_size, **_):

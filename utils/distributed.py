@@ -64,7 +64,7 @@ def gather(value):
     return values
 
 
-def share(value, source=0):
+def broadcast(value, source=0):
     """The value of rank `source`, in every process."""
     return gather(value)[source]
 

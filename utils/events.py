@@ -1,6 +1,5 @@
 """DVS-CIFAR10: event recordings as frames. `python -m utils.events RECORDING.aedat strip.png` draws one."""
 
-import argparse
 import shutil
 import sys
 from functools import partial
@@ -19,7 +18,7 @@ from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from utils.checkpoint import make_folder, save
-from utils.cli import UserError, explained, number, run_program
+from utils.cli import Parser, UserError, explained, number, run_program
 
 FIRST_TEST = 900  # the number of the first recording of a class that is for testing
 GRAIN = 36  # the weights of a bilinear resize from 128 to 48 are sixths: resized counts are whole 36ths
@@ -141,7 +140,7 @@ def spikingjelly_parts():
 
 def draw(argv=None):
     """Write the frames of a recording side by side, as the network sees them: ON red, OFF blue."""
-    parser = argparse.ArgumentParser(prog="python -m utils.events", description=draw.__doc__)
+    parser = Parser({}, prog="python -m utils.events", description=draw.__doc__)
     parser.add_argument("recording", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--timesteps", type=number(int, 1), default=20)

@@ -37,7 +37,7 @@ def add_flags(parser, *, models, model_flags, seed_flag, backwards, engines, neu
     add("--delta_t", type=positive, help="LIF: length of a time step; above 0")
     add("--alpha", type=number(float, 0, open_low=True, high=1), help="fire at alpha*Vth; above 0, at most 1")
     add("--train_Vth", type=int, choices=(0, 1), default=1, help="1: thresholds are trained; 0: fixed")
-    add("--Vth_bound", type=positive, help="thresholds stay above this; above 0, at most --Vth")
+    add("--Vth_bound", type=positive, help="thresholds do not fall below this; above 0, at most --Vth")
     text = "weights to start from, of this network or of its ANN; or the name of a network that comes trained"
     add("--pre_train", default="", metavar="FILE", may_change=True, help=text)
     add = parser.group("recipe")
@@ -162,14 +162,15 @@ def resume(args, files, fixed):
     differing = ", ".join(sorted(differing))
     require(not differing, f"the processes got different {differing}; start them alike")
     earlier = resumed["args"] if resumed else {}
-    seed, now = distributed.share((random.randint(1, 10000), datetime.now().isoformat()))
+    seed, now = distributed.broadcast((random.randint(1, 10000), datetime.now().isoformat()))
     if args.manualSeed is None:
         args.manualSeed = earlier.get("manualSeed", seed)
     args.started = earlier.get("started") if resumed else now
     if resumed:
         compare(args, resumed, source, fixed)
         own = source in (files.checkpoint, files.previous, files.best)
-        args.pre_train = earlier.get("pre_train", "") if own else str(args.resume)  # for the tables
+        args.pre_train = earlier.get("pre_train", "")  # this and the next for the tables
+        args.went_on_from = earlier.get("went_on_from", "") if own else str(args.resume)
     return resumed, source
 
 

@@ -7,6 +7,7 @@ so many a class, numbered from 0 (training) and from 900 (test). Each image move
 real ones did on their screen, and a pixel emits an event whenever its log intensity has changed by THRESHOLD.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,19 +67,21 @@ def main(argv=None):
     parser.add_argument("--train", type=number(int, 1, high=900), default=60)
     parser.add_argument("--test", type=number(int, 1, high=100), default=15)
     args = parser.parse_args(argv)
-    events, written = args.out / "events", 0
+    events, draft, written = args.out / "events", args.out / "events.part", 0
     require(not events.exists(), f"{events} is there already; remove it or choose another folder")
     expected = "expected are train/<class>/ and test/<class>/ with images"
     with explained(lambda why: f"cannot record {args.images} ({why}); {expected}", OSError):
+        shutil.rmtree(draft, ignore_errors=True)
         for split, first, count in (("train", 0, args.train), ("test", 900, args.test)):
             for folder in sorted((args.images / split).iterdir()):
                 files = sorted(folder.iterdir())[:count]
                 for index, file in enumerate(files, start=first):
-                    path = events / folder.name / f"cifar10_{folder.name}_{index}.aedat"
+                    path = draft / folder.name / f"cifar10_{folder.name}_{index}.aedat"
                     write_aedat(path, *record(Image.open(file), seed=index))
                     written += path.stat().st_size
                 so_far = f"{written / 1e6:.0f} MB so far"
                 print(f"{split}/{folder.name}: {len(files)} recordings, {so_far}", flush=True)
+        draft.rename(events)  # all of them or nothing
 
 
 if __name__ == "__main__":

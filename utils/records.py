@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.checkpoint import save, save_text
 from utils.cli import require
-from utils.distributed import rank, share
+from utils.distributed import broadcast, rank
 
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
 
@@ -35,7 +35,7 @@ class RunFiles:
 @contextmanager
 def alone(files):
     """While open, no other run leaves these files, of all processes of this one; UserError if one does."""
-    lock, free = FileLock(files.lock, timeout=0, is_singleton=True), True
+    lock, free = FileLock(files.lock, timeout=0), True
     if rank() == 0:
         try:
             lock.acquire()
@@ -44,7 +44,7 @@ def alone(files):
         except (OSError, NotImplementedError):  # a file system without locks: nobody can tell
             pass
     busy = f"{files.log.stem} is running already; wait for it, stop it or choose another --name"
-    require(share(free), busy)
+    require(broadcast(free), busy)
     try:
         yield
     finally:

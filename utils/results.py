@@ -34,7 +34,8 @@ class Outcome:
         neurons = f", T={args['timesteps']}, Vth {args['Vth']}, alpha {args['alpha']}"
         neurons = "" if "_ann" in args["model"] else neurons + ", fixed" * (not args["train_Vth"])
         whose = f", neurons of {args['neurons']}" if "neurons" in args else ""
-        return args["model"] + neurons + whose + ", pre-trained" * bool(args.get("pre_train"))
+        trained = args.get("pre_train") or args.get("went_on_from")
+        return args["model"] + neurons + whose + ", pre-trained" * bool(trained)
 
 
 def epochs_done(files, epochs):

@@ -50,11 +50,15 @@ def firing_rates(counts):
 @contextmanager
 def unrolled(model):
     """While open, a network's forward pass calls every module of it, which the collapsed one does not."""
-    backward, model.backward = getattr(model, "backward", None), "unrolled"
+    networks = [module for module in model.modules() if isinstance(getattr(module, "backward", None), str)]
+    networks = [(network, network.backward) for network in networks]
+    for network, _ in networks:
+        network.backward = "unrolled"
     try:
         yield
     finally:
-        model.backward = backward
+        for network, backward in networks:
+            network.backward = backward
 
 
 def not_finite(state):

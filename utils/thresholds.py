@@ -31,7 +31,7 @@ def start_thresholds(model, fit_thresholds, data, args, resumed, device):
     fits = fit_thresholds(model, batches, apply=apply)
     fits = {published_name(layer): fit for layer, fit in fits.items()}
     if apply:
-        args.fitted_Vth = distributed.share({layer: fit.fitted.Vth for layer, fit in fits.items()})
+        args.fitted_Vth = distributed.broadcast({layer: fit.fitted.Vth for layer, fit in fits.items()})
         for layer, neuron in neuron_layers(model):
             neuron.Vth.data.fill_(args.fitted_Vth[layer])
         values, images = args.fitted_Vth.values(), sum(map(len, batches))

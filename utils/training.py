@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils import checkpoint, statistics
-from utils.cli import Stopped, UserError, require, warn
+from utils.cli import Stopped, UserError, few, require, warn
 from utils.data import mix_seed
-from utils.distributed import any_process, parallel, rank, same_buffers, share, total
+from utils.distributed import any_process, broadcast, parallel, rank, same_buffers, total
 from utils.foreign import read_log
 from utils.recipe import cosine, limit_steps, load_optimizer, make_optimizer, warmup_cosine
 from utils.records import Recorder
 from utils.signals import StopRequest
-from utils.thresholds import few
 
 QUIET = 60  # seconds of an epoch after which a log, which has no progress bar, gets a line
 LOWER = "go on from the last checkpoint with a lower --lr (--resume FILE)"
@@ -88,7 +87,7 @@ def train_steps(network, *, loader, optimizer, schedule, metrics, device, title,
             logits = network(images)
         loss = F.cross_entropy(logits, labels)
         finite = loss.detach().isfinite().to("cpu", non_blocking=True)  # while the device computes on
-        fetched = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        fetched = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
         optimizer.zero_grad()
         loss.backward()
         if fetched is not None:
@@ -96,7 +95,7 @@ def train_steps(network, *, loader, optimizer, schedule, metrics, device, title,
         if met_by := any_process(0 if finite else rank() + 1):  # before the weights are spoilt
             layer = statistics.first_not_finite(model, images)
             where = f"iteration {step + 1} of {title}, first in {layer or 'the loss itself'}"
-            raise UserError(share(f"the loss is {loss.item()} at {where}; {LOWER}", met_by - 1))
+            raise UserError(broadcast(f"the loss is {loss.item()} at {where}; {LOWER}", met_by - 1))
         if counts is not None:
             warn_if_silent(network, statistics.firing_rates(counts))
         optimizer.step()
@@ -109,7 +108,7 @@ def train_steps(network, *, loader, optimizer, schedule, metrics, device, title,
 def evaluate(model, loader, device, precision="fp32", stop=None):
     """One pass over the test set. -> Result, layer -> firing rate. Raises Stopped if `stop` met a signal."""
     model.eval()
-    metrics, turns = Metrics(device), share(len(loader), source=-1)  # the last process has the fewest
+    metrics, turns = Metrics(device), broadcast(len(loader), source=-1)  # the last process has the fewest
     with statistics.count_spikes(model) as counts:
         for turn, (images, labels) in enumerate(batches(loader, device, "test", metrics)):
             with autocast(device, precision):

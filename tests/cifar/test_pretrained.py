@@ -118,13 +118,30 @@ def test_predict(tiny, capsys):
 
 def test_predict_by_a_run_of_ones_own(tiny, capsys):
     (log,) = (tiny.parent / "out" / "imagefolder").glob("*.txt")
-    picture = str(tiny.parent / "images" / "test" / "red" / "0.png")
+    picture = str(tiny.parent / "square.png")  # of which both see the whole
+    Image.open(tiny.parent / "images" / "test" / "red" / "0.png").resize((30, 30)).save(picture)
     for network in ("tiny_lif", str(log.with_suffix(".pth"))):
         predict.main(["--network", network, picture])
     published, _, _, own, *same = capsys.readouterr().out.splitlines()
     assert own.startswith(log.stem) and f"trained on imagefolder from {tiny.parent / 'images'}" in own
     predict.main(["--network", "tiny_lif", picture])
     assert capsys.readouterr().out.splitlines() == [published, *same]
+
+
+def test_a_run_of_ones_own_sees_what_its_test_saw(tiny, tmp_path, capsys):
+    """The whole of a wide picture, squeezed; a network that comes trained sees the square in its middle."""
+    for name, sides in (("one", "red"), ("two", "blue")):
+        picture = Image.new("RGB", (120, 40), "red")
+        for x in (0, 100):
+            picture.paste(sides, (x, 0, x + 20, 40))
+        picture.save(tmp_path / f"{name}.png")
+    (log,) = (tiny.parent / "out" / "imagefolder").glob("*.txt")
+    said = []
+    for network in ("tiny_lif", str(log.with_suffix(".pth"))):
+        predict.main(["--network", network, str(tmp_path)])
+        _, one, spikes_of_one, two, spikes_of_two = capsys.readouterr().out.splitlines()
+        said.append((one.partition(": ")[2], spikes_of_one) == (two.partition(": ")[2], spikes_of_two))
+    assert said == [True, False]
 
 
 def test_a_network_learns_other_classes(tiny, tmp_path, capsys):

@@ -91,7 +91,8 @@ def train(kind, backward, frozen):
     settings = dict(Vth=1.0, alpha=0.2) if kind == "if" else dict(Vth=0.3, alpha=0.3, delta_t=0.2)
     activation = activation_factory(kind, dict(settings, timesteps=2))
     model = PreActResNet(basic, [1, 1, 1], [8, 12, 16], activation=activation, num_classes=5, dropout=0.0)
-    model.backward = backward
+    model.backward, block = backward, model.layer2[0]
+    block.bn1 = torch.nn.BatchNorm2d(block.bn1.num_features, affine=False)  # one without weight and bias
     for parameter in model.parameters():  # else the currents of silent channels are 0, the end of the clamp
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

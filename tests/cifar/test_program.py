@@ -464,5 +464,5 @@ def test_a_run_says_from_which_other_it_went_on(small):
     first = small("--epochs 1") / f"{STEM}.pth"
     small(f"--resume {first}", out="other")
     folder = small(f"--resume {STEM}.pth --epochs 3", out="other")
-    assert json.loads((folder / f"{STEM}.json").read_text())["pre_train"] == str(first)
-    assert json.loads((first.parent / f"{STEM}.json").read_text())["pre_train"] == ""
+    assert json.loads((folder / f"{STEM}.json").read_text())["went_on_from"] == str(first)
+    assert json.loads((first.parent / f"{STEM}.json").read_text()).get("went_on_from") is None

@@ -15,7 +15,8 @@ from models.blocks import basic
 from models.engines.dense import DenseEngine, Spikes, correlation, correlation_of_patches
 from models.layers import SpikingNetwork, spiking_layer
 from models.preresnet_imagenet import ImageNetPreActResNet
-from models.trains import SpikeTrain
+from models.thresholds import draw
+from models.trains import SpikeTrain, check_linear
 from tests.models.engines import available
 from utils.statistics import count_spikes, firing_rates
 
@@ -355,6 +356,39 @@ def test_shared_dropout_mask_collapses_and_a_mask_a_step_falls_back(float64):
     with pytest.warns(UserWarning, match="unrolls time"):
         assert model.encode(frames).backward == "unrolled"
     assert model.eval().encode(frames).backward == "collapsed"
+
+
+class Dropping(SpikingNetwork):
+    """Two layers on images of 3x8x8 with dropout between them, of which the network does not know."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 5)
+        self.first, self.last = (IFNeuron(timesteps=4, Vth=0.4) for _ in range(2))
+        self.dropouts = [dropout]
+
+    def spike(self, train):
+        train = spiking_layer([(self.conv, train)], None, self.first)
+        return spiking_layer([(self.head, train.drop(self.dropouts[0]).map(FLAT))], None, self.last)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout])
+def test_no_kind_of_dropout_collapses_with_a_mask_a_step(kind):
+    model, x = Dropping(kind(0.5)), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="unrolled"):
+        model(x)
+    model.dropouts = nn.ModuleList(model.dropouts)
+    with pytest.warns(UserWarning, match="unrolls time"):
+        assert model.encode(x).backward == "unrolled"
+    assert model.eval().encode(x).backward == "collapsed"
+
+
+def test_a_default_device_is_not_that_of_random_choices():
+    """As on a GPU: what a CPU's generator draws lies on the CPU."""
+    with torch.device("meta"):
+        check_linear(lambda x: 2 * x, torch.zeros(3, device="cpu"))
+        drawn = draw(torch.zeros(2, 99, device="cpu"), 5, torch.Generator(device="cpu"))
+    assert drawn.shape == (2, 5)
 
 
 def test_gradient_of_the_logits_and_of_a_part_of_a_batch_norm(float64):

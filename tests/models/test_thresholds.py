@@ -255,6 +255,21 @@ def test_no_batches():
             fit(nn.Sequential(nn.ReLU()), [])
 
 
+def test_a_network_inside_another_module():
+    model, images = create_model("preresnet.resnet20_if", timesteps=2), [scenes(8)]
+    alone, outer = fit_thresholds(model, images, apply=False), nn.Sequential(model)
+    inside = fit_thresholds(outer, images, apply=False)
+    assert {name.removeprefix("0."): fit for name, fit in inside.items()} == alone and len(alone) == 21
+    assert model.backward == "collapsed" and not hasattr(outer, "backward")
+
+
+def test_layers_that_are_never_called():
+    model = nn.Linear(2, 2)
+    model.spare = neuron("if")
+    with pytest.raises(ValueError, match="calls none of its neuron layers"):
+        fit_thresholds(model, [torch.randn(4, 2)])
+
+
 def test_a_network_without_neurons_has_nothing_to_fit():
     model = create_model("preresnet.resnet20_ann", num_classes=2)
     assert fit_thresholds(model, [torch.randn(2, 3, 32, 32)]) == {}

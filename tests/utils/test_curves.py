@@ -24,13 +24,16 @@ def leave(folder, stem, accuracies, seconds, **settings):
 def test_accuracy_stands_over_epochs_and_summed_hours(tmp_path):
     ours = leave(tmp_path, "a", [30.0, 50.0, 60.0], [3600, 1800, 1800])
     peer = leave(tmp_path, "b", [31.0, 49.0], [7200, 7200], neurons="spikingjelly")
+    second = leave(tmp_path, "d", [32.0], [3600], manualSeed=4)
     untimed = leave(tmp_path, "c", [10.0, 11.0], [60], model="preresnet.resnet20_ann")
-    figure = plot([ours, peer, untimed])
+    figure = plot([ours, peer, untimed, second])
     epochs, time = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
-    assert epochs == [[[1, 30], [2, 50], [3, 60]], [[1, 31], [2, 49]], [[1, 10], [2, 11]]]
-    assert time == [[[1, 30], [1.5, 50], [2, 60]], [[2, 31], [4, 49]]]
-    assert [line.get_label() for line in figure.axes[0].lines] == [
-        "preresnet.resnet20_if, T=5, Vth auto, alpha 0.5, seed 3: 60.00 %",
-        "preresnet.resnet20_if, T=5, Vth auto, alpha 0.5, neurons of spikingjelly, seed 3: 49.00 %",
-        "preresnet.resnet20_ann, seed 3: 11.00 %",
+    assert epochs == [[[1, 30], [2, 50], [3, 60]], [[1, 32]], [[1, 31], [2, 49]], [[1, 10], [2, 11]]]
+    assert time == [[[1, 30], [1.5, 50], [2, 60]], [[1, 32]], [[2, 31], [4, 49]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "preresnet.resnet20_if, T=5, Vth auto, alpha 0.5: 60.00 % (seed 3), 32.00 % (seed 4)",
+        "preresnet.resnet20_if, T=5, Vth auto, alpha 0.5, neurons of spikingjelly: 49.00 % (seed 3)",
+        "preresnet.resnet20_ann: 11.00 % (seed 3)",
     ]
+    colours = [line.get_color() for line in figure.axes[0].lines]
+    assert colours[0] == colours[1] and len(set(colours)) == 3

@@ -264,6 +264,15 @@ def test_the_recorder_as_a_command(images, tmp_path, capsys):
         run_program(recorder, [str(tmp_path / "nowhere"), str(tmp_path / "out")])
     assert end.value.code.startswith("error: cannot record") and "\n" not in end.value.code
     assert not (tmp_path / "out").exists()
+    (images / "test" / "red" / "Thumbs.db").write_bytes(b"no image")
+    argv = [str(images), str(tmp_path / "out"), "--train", "1", "--test", "4"]
+    with pytest.raises(SystemExit) as end:
+        run_program(recorder, argv)
+    assert "Thumbs.db" in end.value.code
+    assert not (tmp_path / "out" / "events").exists()  # half a data set would pass for a whole one
+    (images / "test" / "red" / "Thumbs.db").unlink()
+    run_program(recorder, argv)
+    assert len(list((tmp_path / "out").rglob("*.aedat"))) == 2 + 6
 
 
 def test_the_program_reads_recordings(root, tmp_path, capsys):
