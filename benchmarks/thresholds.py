@@ -32,6 +32,7 @@ from utils.calibration import load_thresholds  # noqa: E402
 from utils.cli import UserError, require, run_program  # noqa: E402
 from utils.data import load_data, test_loader, train_loader  # noqa: E402
 from utils.program import build_model, load  # noqa: E402
+from utils.statistics import hits  # noqa: E402
 from utils.thresholds import IMAGES, some_batches, start_thresholds  # noqa: E402
 
 KINDS, SETTINGS = ("if", "lif"), ("published", "auto")
@@ -202,7 +203,7 @@ def round_off(cell, options):
     few = rounded(ann, spiking).eval()
     batches = test_loader(data.test, batch_size=50, workers=0, pin_memory=False)
     with torch.no_grad():
-        right = sum((few(images).argmax(1) == labels).sum().item() for images, labels in batches)
+        right = sum(hits(few(images), labels)[:, 0].sum().item() for images, labels in batches)
     return dict(levels=100 * right / len(data.test))
 
 

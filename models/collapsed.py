@@ -243,12 +243,14 @@ def fold(x, norm):
 
 def split(linear, static):
     """A branch's map as (linear map, its own batch norm or None). TypeError for a map of another kind."""
-    linear, inner = linear if isinstance(linear, nn.Sequential) else (linear, None)
+    linear, inner = linear if isinstance(linear, nn.Sequential) and len(linear) == 2 else (linear, None)
     known = isinstance(linear, (nn.Conv2d, nn.Linear) if inner else (nn.Conv2d, nn.Linear, nn.Identity))
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
     if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
-        allowed = "Conv2d padded by a number of zeros, Linear or Identity"
-        raise TypeError(f"no collapsed layer for {linear}: {allowed}; else `map`")
+        allowed = (
+            "Conv2d padded by a number of zeros, Linear, a Sequential of one and a batch norm, or Identity"
+        )
+        raise TypeError(f'no collapsed layer for {linear}: {allowed}; else backward = "unrolled"')
     if inner is not None and static:
         raise ValueError("a branch on the image itself cannot have a batch norm of its own")
     return linear, inner

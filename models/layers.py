@@ -64,7 +64,10 @@ class SpikingNetwork(nn.Module):
         return self._neuron.timesteps
 
     def forward(self, x):
-        return self.spike(self.encode(x)).decode()
+        train = self.spike(self.encode(x))
+        if not isinstance(train, SpikeTrain) or train.neuron is None:
+            raise TypeError("`spike` must return the train of a spiking_layer, in which a network ends")
+        return train.decode()
 
     def synchronize(self):
         """Let batch norm work over the batches of all processes."""

@@ -58,6 +58,11 @@ class Neuron(nn.Module):
             self.register_buffer("Vth", torch.tensor(float(Vth)))
             self.register_load_state_dict_pre_hook(_keep_fixed_threshold)
 
+    def register_parameter(self, name, param):
+        if param is not None and name != "Vth":
+            raise TypeError(f"{name}: only Vth has a gradient; keep it as a number or a buffer")
+        super().register_parameter(name, param)
+
     @property
     def amplitude(self):
         """The value of a spike: the representation of spikes at every step."""

@@ -78,6 +78,8 @@ def normalization(bn, seen, gamma, beta, like):
     if bn is None:
         zero, one = torch.zeros_like(like).view(1), torch.ones_like(like).view(1)
         return Norm(zero, one, one, zero, zero, None, frozen=True)
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f'no collapsed layer with {bn}: a batch norm or None; else backward = "unrolled"')
     if bn.running_mean is None or bn.momentum is None:
         raise ValueError(f"no collapsed layer with {bn}: it needs running statistics and a momentum")
     if seen is None:

@@ -78,8 +78,12 @@ class SpikeTrain:
         known = isinstance(function, LINEAR) or function in CHECKED
         if not (known or self.unrolled or self.static or self.mean is None):
             check_linear(function, self.mean)
-            CHECKED.update([function] * isinstance(function, nn.Module))
-        return self.at_every_step(function)
+            if isinstance(function, nn.Module) and function.training:  # in eval mode it may do something else
+                CHECKED.add(function)
+        train = self.at_every_step(function)
+        if self.static and getattr(train.representation, "requires_grad", False):
+            refuse_parameters(function)
+        return train
 
     def at_every_step(self, function):
         """`map`, unchecked."""
@@ -116,6 +120,11 @@ class SpikeTrain:
         return self.at_every_step(masked)
 
 
+def refuse_parameters(function):
+    way_out = 'make it a branch of a spiking_layer, or set backward = "unrolled"'
+    raise ValueError(f"`map` trains no parameters, such as those of {function}: {way_out}")
+
+
 def check_linear(function, like):
     """Raise ValueError unless f(a + b) + f(0) = f(a) + f(b) for normal a and b of the shape of `like`.
 
@@ -127,7 +136,7 @@ def check_linear(function, like):
     with torch.autocast(like.device.type, enabled=False):
         at_a, at_b, at_sum, at_zero = (function(x) for x in (a, b, a + b, torch.zeros_like(a)))
     if at_a.requires_grad:
-        raise ValueError(f"`map` trains no parameters: make {function} a branch of a spiking_layer")
+        refuse_parameters(function)
     error, size = (at_sum + at_zero - at_a - at_b).abs().max(), (at_a.abs() + at_b.abs()).max()
     if not error <= 1e-4 * size:
         hint = 'use a linear map, as an average pool is, or backward = "unrolled"'

@@ -16,7 +16,7 @@ from torchvision import datasets
 from torchvision import transforms as t
 from torchvision.datasets.folder import default_loader
 
-from utils.cli import explained, refuse
+from utils.cli import explained, refuse, require
 from utils.distributed import rank, world_size
 from utils.signals import leave_group
 
@@ -43,7 +43,7 @@ class Source:
     """What the programs know of a data set; `load(path, timesteps, image_size)` -> (training, test set)."""
 
     load: Callable
-    inputs: str = "images"  # or "event frames"
+    inputs: str = "images"  # or "event frames", "vectors": the word of the networks that take them
     shape: tuple = (3, 32, 32)  # of one
     classes: int | None = None  # None: the folders say how many
 
@@ -52,6 +52,8 @@ def load_data(name, path, timesteps=None, image_size=None):
     """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole."""
     source = DATASETS[name]
     train, test = source.load(Path(path), timesteps=timesteps, image_size=image_size)
+    named = source.classes or hasattr(train, "classes")
+    require(named, f"{name}: neither its Source nor its training set has `classes`; give one of them")
     return Data(train, test, source.classes or len(train.classes))
 
 
@@ -95,7 +97,7 @@ def read_folders(train, test, augment, steps):
 def unaugmented(data):
     """The training set, seen as the test set is."""
     plain = copy(data.train)
-    plain.transform = data.test.transform
+    plain.transform = getattr(data.test, "transform", None)
     return plain
 
 

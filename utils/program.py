@@ -157,6 +157,8 @@ def validate(args):
 def resume(args, files, fixed):
     """The checkpoint to go on from and where it lay, or (None, None); completes the seed and the start."""
     resumed, source = checkpoint.resume(args.resume, files)
+    lost = f"--resume auto: no checkpoint of this run in {files.folder} to evaluate; train first, or name one"
+    require(resumed or args.pre_train or not args.evaluate or args.resume != "auto", lost)
     mine = vars(args) | dict(resumed=resumed and (resumed["epoch"], resumed["iteration"]))
     differing = {name for other in distributed.gather(mine) for name in mine if other[name] != mine[name]}
     differing = ", ".join(sorted(differing))
@@ -186,7 +188,9 @@ def compare(args, resumed, source, fixed):
         return
     text = "; ".join(f"{name} {str(earlier[name])[:60]}, now {getattr(args, name)}" for name in differing)
     if args.resume == "auto" and not args.evaluate:
-        raise UserError(f"{source} was trained with {text}; to go on with that, say --resume {source}")
+        raise UserError(
+            f"{source} was trained with {text}; to go on with the new settings, say --resume {source}"
+        )
     warn(f"{source} was trained with {text}")
     if resumed["iteration"] and "train_batch" in differing:
         warn("the epoch that was under way starts again, since its batches differ")

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from utils.checkpoint import save, save_text
 from utils.results import markdown
-from utils.statistics import published_name, unrolled
+from utils.statistics import hits, published_name, unrolled
 
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9e-6, 4.6e-6  # microjoules, 45 nm, 32-bit floats (Horowitz, ISSCC 2014)
 
@@ -94,17 +94,17 @@ class Measurement:
     @torch.no_grad()
     def __init__(self, model, batches, timed=True):
         model.eval()
-        self.timesteps, self.images, hits = model.timesteps, 0, 0
+        self.timesteps, self.images, right = model.timesteps, 0, 0
         counter = Counter(model)
         # A hook of all modules there are, as a network may make a pool or a Flatten in passing.
         with unrolled(model), nn.modules.module.register_module_forward_hook(counter):
             for images, labels in batches:
-                hits += int((model(images).argmax(1) == labels).sum())
+                right += int(hits(model(images), labels)[:, 0].sum())
                 self.images += len(labels)
         self.milliseconds = milliseconds(model, images) if timed else None
         sums = counter.sums
         fired, possible, neurons = sums["fired"], sums["possible"], sums["neurons"]
-        self.accuracy = 100 * hits / self.images  # percent
+        self.accuracy = 100 * right / self.images  # percent
         # Layer -> fraction of (sample, neuron, step) that fired; the same of all layers together.
         self.rates = {layer: fired[layer] / possible[layer] for layer in fired}
         self.spikes = sum(fired.values()) / self.images
@@ -113,7 +113,7 @@ class Measurement:
         self.errors = {layer: error / neurons[layer] for layer, error in sums["error"].items()}
         self.relative = {layer: error / neurons[layer] for layer, error in sums["relative"].items()}
         self.accumulates = sum(sums["spikes"].values()) / self.images
-        repeats = self.timesteps if images.dim() == 4 else 1  # of a still image
+        repeats = self.timesteps if images.dim() in (2, 4) else 1  # of an input that stays
         self.multiplies = sum(sums["real"].values()) / self.images / repeats
         self.dense = sum(sums["dense"].values())  # multiply-accumulates of the ANN of the same shape
         self.energy = ACCUMULATE * self.accumulates + MULTIPLY_ACCUMULATE * self.multiplies

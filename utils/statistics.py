@@ -61,6 +61,14 @@ def unrolled(model):
             network.backward = backward
 
 
+def hits(logits, labels):
+    """Whether the label is the likeliest class, the second, ...: (B, at most 5).
+
+    Equal logits, of which few time steps make many, are ranked as topk does, as published; not as argmax.
+    """
+    return logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+
+
 def not_finite(state):
     """The names in a state-dict whose values hold a NaN or an infinity."""
     return [name for name, value in state.items() if not value.isfinite().all()]

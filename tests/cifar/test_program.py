@@ -292,6 +292,7 @@ MISTAKES = {
     "--manualSeed 99999999999999999999": "--manualSeed",
     "--evaluate --rate_stat 1 --checkpoint {tmp}/file/below": "--checkpoint",
     "--evaluate --rate_stat 1 --model preresnet.resnet20_ann": "ANN",
+    "--evaluate --resume auto": "train first",
 }
 
 

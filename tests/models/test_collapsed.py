@@ -415,6 +415,10 @@ def test_what_a_collapsed_layer_cannot_take_is_refused():
         (lambda net: setattr(net, "stem", nn.Sequential(net.stem, nn.BatchNorm2d(4))), ValueError),
         (lambda net: setattr(net, "bn1", nn.BatchNorm2d(6, momentum=None)), ValueError),
         (lambda net: setattr(net, "bn1", nn.BatchNorm2d(6, track_running_stats=False)), ValueError),
+        (lambda net: setattr(net, "bn1", nn.GroupNorm(2, 6)), TypeError),
+        (lambda net: setattr(net, "bn1", nn.InstanceNorm2d(6, track_running_stats=True)), TypeError),
+        (lambda net: setattr(net, "conv1", nn.Sequential(net.conv1, nn.ReLU())), TypeError),
+        (lambda net: setattr(net, "conv1", nn.Sequential(net.conv1)), TypeError),
     ):
         broken = copy.deepcopy(model)
         break_it(broken)
@@ -536,6 +540,47 @@ def test_maps_that_do_not_commute_with_the_mean_are_refused(maps, complaint):
     model.backward = "unrolled"
     model(x).sum().backward()
     assert model.conv.weight.grad.any()
+
+
+def test_a_map_of_the_image_trains_no_parameters():
+    class Stem(Mapped):
+        def spike(self, train):
+            train = spiking_layer([(nn.Identity(), train.map(self.conv))], self.bn, self.first)
+            return spiking_layer([(self.head, train.map(POOLED).map(FLAT))], self.bn2, self.last)
+
+    model, x = Stem(), torch.randn(3, 3, 8, 8)
+    with pytest.raises(ValueError, match="trains no parameters"):
+        model(x)
+    model.conv.requires_grad_(False)
+    grads = []
+    for model.backward in ("unrolled", "collapsed"):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append(model.bn.weight.grad.clone())
+    torch.testing.assert_close(grads[1], grads[0])
+    assert grads[0].any()
+
+
+def test_a_map_is_checked_in_the_mode_that_trains():
+    """In eval mode dropout is linear; in training it draws other masks for the mean than for the spikes."""
+    dropout = nn.Dropout(0.5)
+    model, x = Mapped(POOLED, dropout, FLAT), torch.randn(3, 3, 8, 8)
+    dropout.eval()
+    model(x)
+    dropout.train()
+    with pytest.raises(ValueError, match="not linear"):
+        model(x)
+
+
+def test_a_network_ends_in_a_spiking_layer():
+    class Ends(Mapped):
+        def spike(self, train):
+            return self.end(train)
+
+    model, x = Ends(), torch.randn(3, 3, 8, 8)
+    for model.end in (lambda train: train, lambda train: train.values()):
+        with pytest.raises(TypeError, match="in which a network ends"):
+            model(x)
 
 
 class Perceptron(SpikingNetwork):

@@ -130,6 +130,16 @@ def test_autocast_keeps_the_membrane_in_float32():
     assert out.sum() == 1.0  # 20 * 0.0625 = 1.25: one spike
 
 
+def test_nothing_but_the_threshold_has_a_gradient():
+    class Leaky(IFNeuron):
+        def __init__(self):
+            super().__init__()
+            self.decay = torch.nn.Parameter(torch.tensor(0.9))
+
+    with pytest.raises(TypeError, match="decay: only Vth has a gradient"):
+        Leaky()
+
+
 def test_fixed_threshold_is_a_buffer_that_a_checkpoint_may_lack():
     layer = IFNeuron(Vth=0.7, train_Vth=False)
     assert not list(layer.parameters()) and list(layer.state_dict()) == ["Vth"]

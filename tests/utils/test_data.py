@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision import datasets
 
+from cifar import program
+from models.layers import SpikingNetwork, spiking_layer
+from models.registry import NETWORKS, Entry
 from utils.cli import UserError
-from utils.data import DATASETS, load_data, mix_seed, train_loader
+from utils.data import DATASETS, Source, load_data, mix_seed, train_loader
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -54,6 +59,41 @@ def write_cifar10(folder, monkeypatch):
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
     return contents
+
+
+def test_a_data_set_of_ones_own(tmp_path, monkeypatch, capsys):
+    """Vectors without a transform, thresholds fitted to them; a set that names no classes is refused."""
+
+    class Perceptron(SpikingNetwork):
+        def __init__(self, activation, num_classes):
+            super().__init__()
+            self.linear, self.bn, self.relu = (
+                nn.Linear(6, num_classes),
+                nn.BatchNorm1d(num_classes),
+                activation(),
+            )
+
+        def spike(self, train):
+            return spiking_layer([(self.linear, train)], self.bn, self.relu)
+
+    def load(path, **_):
+        return [TensorDataset(torch.randn(n, 6), torch.randint(0, 3, (n,))) for n in (32, 9)]
+
+    def build(activation, num_classes, dropout):
+        return Perceptron(activation, num_classes)
+
+    monkeypatch.setitem(NETWORKS, "own.mlp_if", Entry(build, "if", inputs="vectors", shape=(6,)))
+    monkeypatch.setattr(program, "MODELS", [*program.MODELS, "own.mlp_if"])
+    monkeypatch.setitem(DATASETS, "own", Source(load, "vectors", (6,), 3))
+    flags = "--dataset own --model own.mlp_if --timesteps 4 --Vth auto --epochs 1 --train-batch 8 --workers 0"
+    program.main(f"{flags} --device cpu --checkpoint {tmp_path}".split())
+    printed = capsys.readouterr().out
+    assert (
+        "data: own, 32 training, 9 test, 3 classes" in printed and "fitted to 32 training images" in printed
+    )
+    monkeypatch.setitem(DATASETS, "own", Source(load, "vectors", (6,)))
+    with pytest.raises(UserError, match="classes"):
+        load_data("own", ".")
 
 
 def test_cifar10_is_read_and_normalised(tmp_path, monkeypatch):

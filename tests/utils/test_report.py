@@ -7,6 +7,8 @@ from torch import nn
 from models import IFNeuron, LIFNeuron, create_model
 from models.layers import SpikingNetwork, spiking_layer
 from utils.report import Measurement, fan_out
+from utils.statistics import hits
+from utils.training import Metrics
 
 
 class TwoLayers(SpikingNetwork):
@@ -59,6 +61,35 @@ def test_two_layers_by_hand(pool, features, copies, backward):
     assert m.errors["relu1"] == pytest.approx(0.1 / 8)  # 0.4 is represented by 0.5, all else exactly
     assert m.relative == pytest.approx(m.errors)  # Vth is 1
     assert model.backward == backward
+
+
+def test_vectors_stay_as_images_do():
+    """A linear map 2 -> 3: six multiplications, once for all four steps, less those by zero."""
+
+    class Vectors(SpikingNetwork):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.relu = nn.Linear(2, 3), IFNeuron(timesteps=4)
+
+        def spike(self, train):
+            return spiking_layer([(self.linear, train)], None, self.relu)
+
+    labels = torch.zeros(2, dtype=torch.long)
+    m = Measurement(Vectors(), [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), labels)], timed=False)
+    assert (m.multiplies, m.dense) == (4.5, 6)
+
+
+def test_equal_logits_are_ranked_as_in_training():
+    """Which of them comes first is torch's choice: by topk, as in the official accuracy."""
+    model = TwoLayers(lambda: IFNeuron(timesteps=2, Vth=1.0), nn.Identity(), 8)
+    model.linear.bias.data.fill_(-9)  # nothing fires: all logits are 0
+    labels = torch.arange(3)
+    m = Measurement(model, [(torch.rand(3, 1, 2, 2), labels)], timed=False)
+    metrics = Metrics("cpu")
+    metrics.add(torch.zeros(()), torch.zeros(3, 3), labels)
+    first = torch.zeros(1, 3).topk(3).indices[0, 0]
+    assert m.accuracy == pytest.approx(metrics.result().top1) == pytest.approx(100 / 3)
+    assert hits(torch.zeros(3, 3), labels)[:, 0].nonzero().item() == first
 
 
 def test_representation_error_of_lif():
