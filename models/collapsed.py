@@ -247,9 +247,7 @@ def split(linear, static):
     known = isinstance(linear, (nn.Conv2d, nn.Linear) if inner else (nn.Conv2d, nn.Linear, nn.Identity))
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
     if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
-        allowed = (
-            "Conv2d padded by a number of zeros, Linear, a Sequential of one and a batch norm, or Identity"
-        )
+        allowed = "Conv2d padded by a number of zeros or Linear, alone or before a batch norm, or Identity"
         raise TypeError(f'no collapsed layer for {linear}: {allowed}; else backward = "unrolled"')
     if inner is not None and static:
         raise ValueError("a branch on the image itself cannot have a batch norm of its own")

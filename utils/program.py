@@ -188,9 +188,7 @@ def compare(args, resumed, source, fixed):
         return
     text = "; ".join(f"{name} {str(earlier[name])[:60]}, now {getattr(args, name)}" for name in differing)
     if args.resume == "auto" and not args.evaluate:
-        raise UserError(
-            f"{source} was trained with {text}; to go on with the new settings, say --resume {source}"
-        )
+        raise UserError(f"{source} was trained with {text}; to change that, say --resume {source}")
     warn(f"{source} was trained with {text}")
     if resumed["iteration"] and "train_batch" in differing:
         warn("the epoch that was under way starts again, since its batches differ")

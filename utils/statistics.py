@@ -64,7 +64,7 @@ def unrolled(model):
 def hits(logits, labels):
     """Whether the label is the likeliest class, the second, ...: (B, at most 5).
 
-    Equal logits, of which few time steps make many, are ranked as topk does, as published; not as argmax.
+    Equal logits, of which few time steps make many, are ranked as topk does, in all accuracies alike.
     """
     return logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
 

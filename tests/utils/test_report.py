@@ -80,7 +80,7 @@ def test_vectors_stay_as_images_do():
 
 
 def test_equal_logits_are_ranked_as_in_training():
-    """Which of them comes first is torch's choice: by topk, as in the official accuracy."""
+    """Which of them comes first is the choice of torch's topk."""
     model = TwoLayers(lambda: IFNeuron(timesteps=2, Vth=1.0), nn.Identity(), 8)
     model.linear.bias.data.fill_(-9)  # nothing fires: all logits are 0
     labels = torch.arange(3)
