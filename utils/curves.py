@@ -17,7 +17,7 @@ def plot(outcomes):
     groups = {}
     for outcome in outcomes:
         groups.setdefault((outcome.title, outcome.args["epochs"]), []).append(outcome)
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
     epochs, time = figure.subplots(1, 2, sharey=True)
     for i, ((title, _), seeds) in enumerate(groups.items()):
         last = [f"{outcome.epochs[-1][-1]:.2f} % (seed {outcome.args['manualSeed']})" for outcome in seeds]
@@ -35,7 +35,7 @@ def plot(outcomes):
     time.set(xlabel="hours (wall clock)")
     for axes in (epochs, time):
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
     return figure
 
 
