@@ -52,7 +52,7 @@ def departures(row, args):
         names = [*names, "path"]
     names = [*names, "went_on_from", *["pre_train"] * (PROGRAMS[row] is cifar)]  # ImageNet's is of the chain
     names = [name for name in sorted(names) if args.get(name, expected[name]) != expected[name]]
-    if "neurons" in args:  # of another library: benchmarks/peer_run.py
+    if "neurons" in args:  # others than ours: benchmarks/replaced.py
         names, expected["neurons"] = [*names, "neurons"], "ours"
     files = "path", "pre_train", "went_on_from"
     expected |= dict.fromkeys(files[1:], "none")

@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def title(self):
-        """What was trained, in few words; `neurons` says whose, if not ours (benchmarks/peer_run.py)."""
+        """What was trained, in few words; `neurons` says whose, if not ours (benchmarks/replaced.py)."""
         args = self.args
         neurons = f", T={args['timesteps']}, Vth {args['Vth']}, alpha {args['alpha']}"
         neurons = "" if "_ann" in args["model"] else neurons + ", fixed" * (not args["train_Vth"])
