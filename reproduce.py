@@ -29,7 +29,7 @@ from models import create_model
 from models.registry import NETWORKS
 from utils import checkpoint, curves, foreign, pretrained, report, results
 from utils.calibration import load_thresholds
-from utils.cli import Parser, choose_device, number, refuse, require, run_program
+from utils.cli import Parser, choose_device, number, refuse, require, run_program, unknown
 from utils.data import load_data
 from utils.program import build_model, count, load
 from utils.quantized import round_weights
@@ -269,7 +269,7 @@ def get_parser():
 def main(argv=None):
     options, flags = get_parser().parse_known_args(argv)
     if options.task == "run":
-        require(options.row in ROWS, f"unknown row {options.row!r}; choose from: {', '.join(ROWS)}")
+        require(options.row in ROWS, unknown("row", options.row, ROWS))
         command = ["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)]
         return run(options.row, options.seed or range(1, options.seeds + 1), flags, command)
     require(not flags, f"unrecognized arguments: {' '.join(flags)}; --help lists the flags")

@@ -1,6 +1,7 @@
 """The command line that the programs share: errors in one line, flags in groups, presets, the device."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -42,6 +43,13 @@ def few(names):
     """The first three of a list, in words."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def unknown(what, name, known):
+    """One line about a name that is none of those `known`: which come near to it, or all."""
+    near = [one for one in known if name and name in one][:3] or difflib.get_close_matches(name, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from: {', '.join(known)}"
+    return f"unknown {what} {name!r}; {hint}"
 
 
 @contextmanager
@@ -132,14 +140,16 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help lists the flags\n")
+        choice = re.fullmatch(r"argument (?:.*/)?(.*): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            message = unknown(choice[1], choice[2], re.findall(r"[^', ]+", choice[3]))
+        self.exit(2, f"error: {message}{'' if message.endswith('?') else ';'} --help lists the flags\n")
 
     def parse(self, argv=None):
         """Command line before preset before default."""
         argv = sys.argv[1:] if argv is None else argv
         name = getattr(self.parse_known_args(argv)[0], "preset", None)
-        known = name is None or name in self.presets
-        require(known, f"unknown preset {name!r}; choose from: {', '.join(self.presets)}")
+        require(name in (None, *self.presets), unknown("preset", name or "", self.presets))
         return self.parse_args([*shlex.split(self.presets[name].flags if name else ""), *argv])
 
 
