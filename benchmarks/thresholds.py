@@ -238,13 +238,14 @@ def do(step, cell, options):
     print(f"\n{cell}: {step.__name__}", flush=True)
     of_cell = step(cell, options)
     found = read_results(options.results)  # again: another process may have added to it
-    found[str(cell)] = found.get(str(cell), {}) | of_cell
-    found["machine"] = dict(hardware=results.hardware("cpu"), torch=str(torch.__version__))
+    machine = {finds: f"{results.hardware('cpu')}, torch {torch.__version__}"}
+    of_cell["machine"] = found.setdefault(str(cell), {}).get("machine", {}) | machine
+    found[str(cell)] |= of_cell
     checkpoint.save_text(json.dumps(found, indent=1) + "\n", options.results)
 
 
 def read_results(file):
-    """Cell -> what was found; and "machine"."""
+    """Cell -> what was found."""
     return json.loads(file.read_text()) if file.exists() else {}
 
 

@@ -130,11 +130,11 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
         return
     train = train_loader(data.train, batch_size=args.train_batch, seed=args.manualSeed, **loading)
     run = Run(args=args, files=files, device=device, model=model, train_loader=train, test_loader=test)
-    start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
     if resumed:
         run.go_on(resumed, source)
     checkpoint.make_folder(files.folder)
     with alone(files):
+        start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
         run.train()
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
         if getattr(files, what).exists():
