@@ -43,10 +43,14 @@ def images(tmp_path):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say in one line that nothing was tried on a GPU."""
-    reports = terminalreporter.stats.get("skipped", [])
-    skipped = [report for report in reports if "gpu" in report.keywords and "no CUDA" in str(report.longrepr)]
-    if skipped:
-        terminalreporter.write_line(
-            f"skipped: {len(skipped)} tests marked gpu, as there is no CUDA device here"
-        )
+    """Say in a line each that nothing was tried on a GPU, or by the event engine, and why."""
+    reports = [(report, str(report.longrepr)) for report in terminalreporter.stats.get("skipped", [])]
+    gpu = [why for report, why in reports if "gpu" in report.keywords and "no CUDA" in why]
+    events = [
+        why.split("no event engine: ")[1].rstrip("')") for _, why in reports if "no event engine" in why
+    ]
+    if gpu:
+        line = f"skipped: {len(gpu)} tests marked gpu, as there is no CUDA device here"
+        terminalreporter.write_line(line)
+    if events:
+        terminalreporter.write_line(f"skipped: {len(events)} tests of the event engine: {events[0]}")

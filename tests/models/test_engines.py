@@ -17,9 +17,9 @@ from models.engines import build, choose_engine
 from models.engines.dense import Spikes
 from models.layers import spiking_layer
 from models.trains import SpikeTrain
-from tests.models.engines import available
+from tests.models.engines import LACKING
 
-pytestmark = pytest.mark.skipif("events" not in available(), reason="no C++ compiler builds the event engine")
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"no event engine: {LACKING}")
 NEURONS = {
     "if": lambda T: IFNeuron(timesteps=T, Vth=0.7, alpha=0.5),
     "lif": lambda T: LIFNeuron(timesteps=T, Vth=0.4, alpha=0.6, tau=1.3, delta_t=0.4),
