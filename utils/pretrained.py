@@ -38,6 +38,11 @@ def publish(name, folder, content, sessions, *, trained_on, test, model):
     made |= dict(best_accuracy_chosen_by_test_set=round(content["best_acc"], 4), test_images=len(test))
     for what in ("command", "commit", "hardware", "torch"):
         made[what] = sorted({session[what] for session in sessions})
+    start = folder / f"{args.get('pre_train')}.json"  # of another such network, or of this one before
+    if start.exists():
+        before = json.loads(start.read_text())
+        again = before["command"] == made["command"]
+        made["started_from"] = before.get("started_from") if again else before
     made |= dict(images=ARCHIVE, images_correct=count_correct(model, archive))
     checkpoint.save_text(json.dumps(made, indent=2) + "\n", folder / f"{name}.json")
 

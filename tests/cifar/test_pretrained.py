@@ -98,6 +98,19 @@ def test_resume_evaluates_and_fine_tunes(tiny, tmp_path, capsys):
     assert len(epochs) == 2 and float(epochs[0].split()[-1]) == pytest.approx(accuracy, abs=1e-4)
 
 
+def test_the_json_of_a_network_that_went_on_holds_that_of_its_start(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "pretrained")
+    before = json.loads((folder / "tiny_lif.json").read_text())
+    images = where(tiny.parent / "images", tmp_path / "out")
+    reproduce.main(["run", "depth-lif-20", *shlex.split(f"{RUN} --warmup 0 --pre_train tiny_lif"), *images])
+    (log,) = (tmp_path / "out" / "imagefolder").glob("*.txt")
+    for _ in range(2):  # in the place of its start; again, it is not its own start
+        publish = ["publish", str(log.with_suffix(".pth")), "tiny_lif", "--trained_on", "noise"]
+        reproduce.main([*publish, "--out", str(folder)])
+        after = json.loads((folder / "tiny_lif.json").read_text())
+        assert after["started_from"] == before and after["command"] != before["command"]
+
+
 def test_predict(tiny, capsys):
     images = tiny.parent / "images"
     picture = images / "test" / "red" / "0.png"
