@@ -47,7 +47,8 @@ def few(names):
 
 def unknown(what, name, known):
     """One line about a name that is none of those `known`: which come near to it, or all."""
-    near = [one for one in known if name and name in one][:3] or difflib.get_close_matches(name, known)
+    near = [one for one in known if name and name in one]
+    near = near if 0 < len(near) < 4 else difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from: {', '.join(known)}"
     return f"unknown {what} {name!r}; {hint}"
 

@@ -39,10 +39,10 @@ def publish(name, folder, content, sessions, *, trained_on, test, model):
     for what in ("command", "commit", "hardware", "torch"):
         made[what] = sorted({session[what] for session in sessions})
     start = folder / f"{args.get('pre_train')}.json"  # of another such network, or of this one before
-    if start.exists():
-        before = json.loads(start.read_text())
-        again = before["command"] == made["command"]
-        made["started_from"] = before.get("started_from") if again else before
+    before = json.loads(start.read_text()) if start.exists() else None
+    if before and all(before[key] == value for key, value in made.items()):  # published again
+        before = before.get("started_from")
+    made |= dict(started_from=before) if before else {}
     made |= dict(images=ARCHIVE, images_correct=count_correct(model, archive))
     checkpoint.save_text(json.dumps(made, indent=2) + "\n", folder / f"{name}.json")
 

@@ -26,7 +26,6 @@ from utils.statistics import hits, published_name, unrolled
 
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9e-6, 4.6e-6  # microjoules, 45 nm, 32-bit floats (Horowitz, ISSCC 2014)
 
-
 ROUNDED = """\
 Weights rounded after training, symmetrically per output channel, the largest one of a channel to the largest
 number, batch norm folded; the shifts of batch norm, biases and thresholds are not rounded. The paper's exact

@@ -250,7 +250,7 @@ def test_a_silent_last_layer_is_named_though_gradients_pass(small, capsys):
 MISTAKES = {
     "--model resnet18": "mean preresnet.resnet18_ann or preresnet.resnet18_if or preresnet.resnet18_lif?",
     "--model preresnet.resnet20if": "did you mean preresnet.resnet20_if or",
-    "--dataset mnist": "imagefolder",
+    "--dataset svhn": "imagefolder",
     "--preset fast": "quickstart",
     "--preset quickstrat": "did you mean quickstart?",
     "--optimizer rmsprop": "sgd",
