@@ -153,7 +153,7 @@ def test_a_train_denser_than_the_limit_goes_the_dense_way(float64):
     assert currents == [False, True]
 
 
-@pytest.mark.parametrize(("backward", "threads"), itertools.product(("collapsed", "rate"), (1, 3)))
+@pytest.mark.parametrize(("backward", "threads"), [*itertools.product(("collapsed", "rate"), (1, 3))])
 def test_networks_repeat_bit_by_bit_and_agree(backward, threads, float64):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
