@@ -188,10 +188,9 @@ template <class F> void gather(const Layer<F>& L, const Branch<F>& b, const Tile
 }
 
 template <class F> struct Channels {  // for every (class, input channel), the cells of its spikes
-  std::vector<uint16_t> cells;  // room for `most` each
-  std::vector<F> values;        // or none: all 1
-  std::vector<uint32_t> count;
-  size_t most;
+  std::vector<uint16_t> cells;
+  std::vector<F> values;           // or none: all 1
+  std::vector<uint32_t> from, to;  // in `cells` and `values`, each with room for one more
 };
 // A spike at (y, x) meets the outputs (y + p - dy)/s, (x + p - dx)/s of those taps (dy, dx) for which these are whole:
 // its class is ((y + p) % s, (x + p) % s), its cell the first of these outputs; the others lie before it.
@@ -200,36 +199,40 @@ template <class F> void by_channel(const Branch<F>& b, const Tile& t, Channels<F
   const int C = b.C, y0 = max(0, t.y0 * b.s - b.p), y1 = min(b.H, (t.y1 + b.taps() - 1) * b.s - b.p);
   std::vector<std::pair<uint16_t, uint16_t>> columns(b.W);  // what x adds to a spike's key and cell
   for (int x = 0; x < b.W; x++) columns[x] = {(x + b.p) % b.s * C, (x + b.p) / b.s};
-  const int keys = b.s * b.s * C;
-  const size_t most = s.most = t.frames * ((y1 - y0) / b.s + 1) * (b.W / b.s + 1);
-  s.count.assign(keys, 0);
-  s.cells.resize(max(s.cells.size(), keys * most));
-  s.values.resize(b.values ? max(s.values.size(), keys * most) : 0);
   const auto* column = columns.data();
-  for (int f = 0; f < t.frames; f++)
-    for (int y = y0; y < y1; y++) {
-      const int64_t n = t.image(f), row = n * b.H + y;
-      const int cell = t.cell(f, (y + b.p) / b.s), key = (y + b.p) % b.s * b.s * C;
-      uint32_t* const count = s.count.data() + key;
-      uint16_t* const cells = s.cells.data() + key * most;
-      if (!b.values) {
+  auto for_all = [&](auto use) {  // use(key, cell, value) of each spike, or of each value, zeros too
+    for (int f = 0; f < t.frames; f++)
+      for (int y = y0; y < y1; y++) {
+        const int64_t n = t.image(f), row = n * b.H + y;
+        const int cell = t.cell(f, (y + b.p) / b.s), key = (y + b.p) % b.s * b.s * C;
+        if (b.values) {
+          const F* value = b.values + row * b.W * C;
+          for (int x = 0; x < b.W; x++)
+            for (int c = 0; c < C; c++) use(key + column[x].first + c, cell + column[x].second, *value++);
+          continue;
+        }
         const uint32_t* ptr = b.ptr + row * b.W + n;
         const uint16_t *spike = b.spikes(n) + ptr[0], *end = b.spikes(n) + ptr[b.W];
         for (; spike < end; spike++) {
-          const uint32_t x = *spike * inverse >> 32, i = *spike - x * C + column[x].first;
-          cells[i * most + count[i]++] = cell + column[x].second;
+          const uint32_t x = *spike * inverse >> 32;
+          use(key + column[x].first + *spike - x * C, cell + column[x].second, F(1));
         }
-        continue;
       }
-      const F* value = b.values + row * b.W * C;
-      F* const values = s.values.data() + key * most;
-      for (int x = 0; x < b.W; x++)
-        for (int c = 0; c < C; c++, value++) {  // every value is written, and the next one over it if it was 0
-          const uint32_t i = c + column[x].first;
-          cells[i * most + count[i]] = cell + column[x].second, values[i * most + count[i]] = *value;
-          count[i] += *value != 0;
-        }
-    }
+  };
+  s.to.assign(b.s * b.s * C, 0), s.from.resize(s.to.size());
+  uint32_t* const to = s.to.data();
+  for_all([=](int key, int, F value) { to[key] += value != 0; });
+  uint32_t all = 0;
+  for (size_t key = 0; key < s.to.size(); key++) s.from[key] = all, all += to[key] + 1, to[key] = s.from[key];
+  s.cells.resize(max<size_t>(s.cells.size(), all));
+  s.values.resize(b.values ? max<size_t>(s.values.size(), all) : 0);
+  uint16_t* const cells = s.cells.data();
+  F* const values = s.values.data();
+  for_all([=, real = b.values != nullptr](int key, int cell, F value) {
+    const uint32_t i = to[key];  // the next is written over it if it is 0
+    cells[i] = cell, to[key] = i + (value != 0);
+    if (real) values[i] = value;
+  });
 }
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
@@ -287,8 +290,7 @@ template <class F, int OB, Mode MODE> void for_patches(const Branch<F>& b, const
     as_constant((b.k - ay + b.s - 1) / b.s, [&](auto R) {
       as_constant((b.k - ax + b.s - 1) / b.s, [&](auto S) {
         for (int c = 0; c < b.C; c++) {
-          const uint32_t n = s.count[tap * b.C + c];
-          const size_t from = (tap * b.C + c) * s.most;
+          const uint32_t from = s.from[tap * b.C + c], n = s.to[tap * b.C + c] - from;
           if (!n) continue;
           for (int o = 0; o < OB; o += N * LANES<F>)
             patches<F, OB, N, MODE, R(), S()>(y + o, PW, w + ((ay * b.k + ax) * int64_t(b.C) + c) * OB + o, row, column,
