@@ -238,9 +238,9 @@ def machine(device):
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         info = Path("/proc/cpuinfo").read_text()
-        name = (
-            info.split("model name")[1].split(":")[1].split("\n")[0].strip() if "model name" in info else name
-        )
+        entries = dict(map(str.strip, line.split(":", 1)) for line in info.splitlines() if ":" in line)
+        name = entries.get("model name", name)  # of clouds a mere "AMD EPYC"
+        name += "".join(f", {key} {entries[key]}" for key in ("cpu family", "model") if key in entries)
         name += "".join(f", {flag}" for flag in ("avx512_bf16", "amx_bf16") if flag in info)
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name() + "; " + name
