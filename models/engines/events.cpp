@@ -42,6 +42,7 @@ constexpr int BYTES = 16;
 #endif
 constexpr int WORD = 16;                   // channels in a word of bits
 constexpr int LINE = 64;                   // bytes of a cache line
+constexpr int ROOM = 1 << 17;              // spikes of a tile for which there is room without counting them
 constexpr int WIDE = BYTES == 32 ? 1 : 2;  // vectors of which nine fit into the registers, and more
 template <class F> struct OfWidth { typedef F type __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias)); };
 template <class F> using Vector = typename OfWidth<F>::type;
@@ -219,9 +220,13 @@ template <class F> void by_channel(const Branch<F>& b, const Tile& t, Channels<F
         }
       }
   };
-  s.to.assign(b.s * b.s * C, 0), s.from.resize(s.to.size());
+  const size_t most = t.frames * ((max(y0, y1) - y0 + b.s - 1) / b.s) * ((b.W + b.s - 1) / b.s);
+  s.to.assign(b.s * b.s * C, most), s.from.resize(s.to.size());
   uint32_t* const to = s.to.data();
-  for_all([=](int key, int, F value) { to[key] += value != 0; });
+  if (most * s.to.size() > ROOM) {  // as many as there could be are too many: count
+    std::fill(s.to.begin(), s.to.end(), 0);
+    for_all([=](int key, int, F value) { to[key] += value != 0; });
+  }
   uint32_t all = 0;
   for (size_t key = 0; key < s.to.size(); key++) s.from[key] = all, all += to[key] + 1, to[key] = s.from[key];
   s.cells.resize(max<size_t>(s.cells.size(), all));
