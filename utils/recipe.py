@@ -8,7 +8,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from utils.cli import explained
 from utils.foreign import check_optimizer
 
-LARGEST_STEP = 0.02  # of a fitted threshold, as a fraction of it: docs/thresholds.md says why
+LARGEST_STEP = 0.02  # of a fitted threshold, as a fraction of it: docs/thresholds.md says why,
+SMALLEST = 0.5  # and what training may leave of it
 
 
 def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=False):
@@ -18,16 +19,21 @@ def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=Fal
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
-def limit_steps(optimizer, thresholds):
-    """Have no step of `optimizer` change a threshold by more than LARGEST_STEP of it."""
-    bounds = []
+def limit_steps(optimizer, thresholds, fitted):
+    """Have no step change a threshold by more than LARGEST_STEP of it, or to below SMALLEST of `fitted()`.
+
+    Both are dicts by layer; `fitted` is called at the first step.
+    """
+    bounds, least = [], []
 
     def remember(*_):
-        before = torch.stack(thresholds).detach()
-        bounds[:] = [(before * factor).unbind() for factor in (1 - LARGEST_STEP, 1 + LARGEST_STEP)]
+        before = torch.stack([*thresholds.values()]).detach()
+        if not least:
+            least.append(before.new_tensor([SMALLEST * fitted().get(layer, 0) for layer in thresholds]))
+        bounds[:] = torch.maximum(before * (1 - LARGEST_STEP), *least), before * (1 + LARGEST_STEP)
 
     def limit(*_):
-        for threshold, low, high in zip(thresholds, *bounds):
+        for threshold, low, high in zip(thresholds.values(), *bounds):
             threshold.data.clamp_(low, high)
 
     if thresholds:

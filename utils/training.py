@@ -146,8 +146,9 @@ class Run:
         recipe = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
         self.optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
         if args.Vth == "auto":
-            thresholds = [neuron.Vth for _, neuron in statistics.neuron_layers(model)]
-            limit_steps(self.optimizer, [Vth for Vth in thresholds if Vth.requires_grad])
+            thresholds = {layer: neuron.Vth for layer, neuron in statistics.neuron_layers(model)}
+            thresholds = {layer: Vth for layer, Vth in thresholds.items() if Vth.requires_grad}
+            limit_steps(self.optimizer, thresholds, lambda: args.fitted_Vth or {})
         self.epoch, self.step, self.sums = args.start_epoch, 0, None
         self.best_acc, self.rows = -1.0, None  # the first epoch makes this run's first best
         self.recorder, self.warned = None, set()  # the recorder is rank 0's, which alone writes

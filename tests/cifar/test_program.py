@@ -19,6 +19,7 @@ from cifar.program import get_parser, main
 from models import create_model
 from utils.cli import run_program
 from utils.program import build_model
+from utils.recipe import limit_steps
 from utils.statistics import published_name
 
 ROOT = Path(__file__).parents[2]
@@ -443,6 +444,18 @@ def test_a_step_changes_fitted_thresholds_by_two_percent_at_most(small):
         inside = [0.98**steps - 1e-5 < ratio < 1.02**steps + 1e-5 for ratio in ratios]
         assert all(inside) if limited else not any(inside)  # Adam's first step has the size of lr
         assert not limited or any(abs(ratio - 0.98**steps) < 1e-5 for ratio in ratios)
+
+
+def test_training_leaves_half_of_a_fitted_threshold():
+    """Pushed down without end by 2 % a step, from 0.08 and 0.4, fitted were 0.1 and 0.4: to 0.05 and 0.2."""
+    thresholds = {name: torch.nn.Parameter(torch.tensor(Vth)) for name, Vth in (("a", 0.08), ("b", 0.4))}
+    optimizer = torch.optim.SGD(thresholds.values(), 1.0)
+    limit_steps(optimizer, thresholds, lambda: dict(a=0.1, b=0.4))
+    for _ in range(60):
+        for Vth in thresholds.values():
+            Vth.grad = torch.ones(())
+        optimizer.step()
+    assert [Vth.item() for Vth in thresholds.values()] == pytest.approx([0.05, 0.2])
 
 
 def test_starts_from_the_weights_of_an_ann(small, tmp_path):
