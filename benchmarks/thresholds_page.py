@@ -70,12 +70,17 @@ def accuracies(found, job):
             if not any(logs):
                 continue
             last = [spread([log[-1][4] for log in of]) if of else "-" for of in logs]
-            best = [spread([max(row[4] for row in log) for log in of]) if of else "-" for of in logs]
-            loss = [spread([log[-1][1] for log in of]) if of else "-" for of in logs]
+            best = [brief([max(row[4] for row in log) for log in of]) if of else "-" for of in logs]
+            loss = [brief([log[-1][1] for log in of]) if of else "-" for of in logs]
             counts = [str(len(of)) for of in logs]
             n = counts[0] if counts[0] == counts[1] else ", ".join(counts)
             rows.append([kind.upper(), T, n, *last, *best, *loss])
     return head, rows
+
+
+def brief(values):
+    """Mean and standard deviation, without each value."""
+    return spread(values).partition(" (")[0]
 
 
 def quickstart(found):
