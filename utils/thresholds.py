@@ -2,8 +2,8 @@
 
 import torch
 
-from utils import distributed
-from utils.cli import few, warn
+from utils import distributed, foreign
+from utils.cli import few, require, warn
 from utils.data import mix_seed, unaugmented
 from utils.statistics import neuron_layers, published_name
 
@@ -23,6 +23,9 @@ def start_thresholds(model, fit_thresholds, data, args, resumed, device):
     known = resumed is not None and any(key.endswith("Vth") for key in resumed["state_dict"])
     if known and args.Vth == "auto":
         args.fitted_Vth = resumed["args"].get("fitted_Vth")
+        fitted = args.fitted_Vth or {}
+        sound = isinstance(fitted, dict) and all(0 < foreign.number(Vth) < 1e30 for Vth in fitted.values())
+        require(sound, "the fitted_Vth of the checkpoint are no thresholds; give another file")
     apply = args.Vth == "auto" and not known
     if not (apply or args.show_Vth):
         return

@@ -430,6 +430,12 @@ def test_fitted_thresholds_are_recorded_and_not_fitted_again(small, monkeypatch,
     small(f"--Vth auto --train_Vth 0 --epochs 2 --resume {folder / STEM}.pth")
     assert json.loads((folder / f"{STEM}.json").read_text())["fitted_Vth"] == fitted
     assert {name: value.item() for name, value in weights(folder).items() if name.endswith("Vth")} == saved
+    content = torch.load(folder / f"{STEM}.pth", weights_only=True)
+    for wrong in ("0.1", {"relu1": "0.1"}, {"relu1": -1.0}, {"relu1": float("nan")}):
+        content["args"]["fitted_Vth"] = wrong
+        torch.save(content, folder / "wrong.pth")
+        with pytest.raises(SystemExit, match="fitted_Vth of the checkpoint are no thresholds"):
+            small(f"--Vth auto --train_Vth 0 --epochs 3 --resume {folder / 'wrong.pth'}")
 
 
 def test_a_step_changes_fitted_thresholds_by_two_percent_at_most(small):
