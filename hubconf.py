@@ -34,7 +34,7 @@ def resnet20_ann_cifar10(pretrained=False):
 def _network(name, pretrained):
     """The network with its settings of training and, if `pretrained`, its weights, thresholds among them.
 
-    It takes images normalised as CIFAR-10; call eval() to classify. `models.fit_thresholds` fits the
+    It takes images normalised as CIFAR-10, and classifies in eval mode. `models.fit_thresholds` fits the
     thresholds of one without weights to its data.
     """
     file = PRETRAINED / f"{name}.pth"

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torchvision import datasets, transforms  # noqa: E402
 
 from models import create_model, registry  # noqa: E402
-from utils import foreign  # noqa: E402
+from utils import foreign, results  # noqa: E402
 from utils.cli import run_program  # noqa: E402
 
 VARIANTS = [
@@ -235,11 +235,10 @@ def print_peak(variant, args):
 
 def machine(device):
     """What the figures depend on, in a line."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
+    name = results.hardware("cpu")
+    if Path("/proc/cpuinfo").exists():  # the name is of clouds a mere "AMD EPYC"
         info = Path("/proc/cpuinfo").read_text()
         entries = dict(map(str.strip, line.split(":", 1)) for line in info.splitlines() if ":" in line)
-        name = entries.get("model name", name)  # of clouds a mere "AMD EPYC"
         name += "".join(f", {key} {entries[key]}" for key in ("cpu family", "model") if key in entries)
         name += "".join(f", {flag}" for flag in ("avx512_bf16", "amx_bf16") if flag in info)
     if device.startswith("cuda"):
@@ -249,7 +248,7 @@ def machine(device):
     with suppress(metadata.PackageNotFoundError):
         versions += f", spikingjelly {metadata.version('spikingjelly')}"
     allocator = " ".join(f"{k}={v}" for k, v in malloc.items()) or "malloc as the system has it"
-    return f"{name}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}; {allocator}"
+    return f"{name}; {os.cpu_count()} cores; {versions}; {allocator}"
 
 
 def get_parser():

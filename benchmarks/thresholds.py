@@ -241,7 +241,14 @@ def do(step, cell, options):
     machine = {finds: f"{results.hardware('cpu')}, torch {torch.__version__}"}
     of_cell["machine"] = found.setdefault(str(cell), {}).get("machine", {}) | machine
     found[str(cell)] |= of_cell
-    checkpoint.save_text(json.dumps(found, indent=1) + "\n", options.results)
+    checkpoint.save_text(as_text(found), options.results)
+
+
+def as_text(found):
+    """JSON with a line for each cell, and figures of six digits."""
+    found = json.loads(json.dumps(found), parse_float=lambda figure: float(f"{float(figure):.6g}"))
+    lines = [f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in found.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_results(file):
