@@ -34,6 +34,7 @@ Who computes y_t, its statistics, Q and the spikes is the engine's affair (`mode
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -157,14 +158,18 @@ class LayerGradient:
         a, d, c = (v if times == 1 else times * v for v in (self.record.norm.a, self.d, self.c))
         return self.clamped.affine(a, d, c, sequence)
 
+    @cached_property
+    def parts(self):
+        """T*A, for a weight with a Q, and A + c*repr(y), which the layer below receives by its map."""
+        return self.clamped.parts(self.record.norm.a, self.d, self.c, self.record.clamp.r, self.T)
+
     def of_branch(self, branch, need):
         """The gradients of a branch without a batch norm of its own."""
         grads, linear = {}, branch.linear
         if need.representation:
-            grad = self.at(self.record.clamp.r)
-            grads["representation"] = self.engine.transpose(linear, branch.weight, grad, branch.mean)
+            grads["representation"] = self.engine.transpose(linear, branch.weight, self.parts[1], branch.mean)
         if need.weight:
-            constant = self.at(self.record.y_mean if branch.Q is None else None, times=self.T)
+            constant = self.parts[0] if branch.Q is not None else self.at(self.record.y_mean, times=self.T)
             Qs = [] if branch.Q is None else [(self.c, branch.Q)]
             grads["weight"] = self.engine.weight_gradient(linear, branch.mean, constant, Qs)
         if need.bias:

@@ -80,6 +80,10 @@ class Clamped:
         A = along_channels(a, self.G) * self.G + along_channels(d, self.G)
         return A if sequence is None else A.addcmul_(along_channels(c, A), sequence)
 
+    def parts(self, a, d, c, sequence, times):
+        A = self.affine(a, d, c, None)
+        return times * A, A.addcmul_(along_channels(c, A), sequence)
+
 
 class Currents:
     """A layer's currents y_t, the sum of its branches' maps, as one tensor (T*B, ...)."""

@@ -9,7 +9,7 @@
 // Layouts. Images n = t*B + b of H*W pixels of C channels; C, and the O of the output, are whole words of 16.
 //   bits     (n, pixel, C/16)          uint16, a spike a bit
 //   active   all spikes in the order of (n, pixel, channel), each as x*C + c in uint16; those of image n begin at
-//            base[n] + 4*n, those of its pixel p ptr[n*(H*W + 1) + p] further
+//            base[n] + 16*n, those of its pixel p ptr[n*(H*W + 1) + p] further
 //   weights  (O/OB, k*k*C + 1, OB)     blocks of OB output channels; a row for each (dy, dx, c), and one of zeros
 //   Q        (copies, O/OB, k*k*C, OB)
 //   a tile   (frames, PH, PW, OB)      some rows of the output of some images, with a border around each frame
@@ -100,7 +100,7 @@ template <class F> struct Branch {  // a convolution of a spike train; or (k = 0
   double scale;
   int H, W, C, k, s, p;                         // kernel, stride and padding of both axes
   int still;                                    // one step's values for all
-  const uint16_t* spikes(int64_t n) const { return active + base[n] + 4 * n; }
+  const uint16_t* spikes(int64_t n) const { return active + base[n] + WORD * n; }
   int taps() const { return (k + s - 1) / s; }  // outputs in a row that one spike reaches
   int rows() const { return k * k * C; }
 };
@@ -151,7 +151,7 @@ void gather_row(const Branch<F>& b, const uint32_t* ptr, const uint16_t* active,
   uint16_t *const lists = g.lists.data(), *begin = lists + g.used, zeros = b.rows();
   const int C = b.C, k = b.k, s = b.s, p = b.p, W_in = b.W;
   for (int x = 0; x < W; x++) {
-    const int x_in = x * s - p, x0 = max(x_in, 0), x1 = max(x0, min(x_in + k, W_in));
+    const int x_in = x * s - p, x0 = min(max(x_in, 0), W_in), x1 = max(x0, min(x_in + k, W_in));
     uint16_t* out = begin;
     for (int dy = from; dy < to; dy++) {
       const uint32_t first = ptr[dy * W_in + x0], n = ptr[dy * W_in + x1] - first;
@@ -531,20 +531,24 @@ template <class F> void clamp_sums(const Clamp<F>& k, const F* y_mean, const F* 
     }
   });
 }
-// out = a*G + d + c*x
+// constant = times*(a*G + d), and out = a*G + d + c*x, unless x is null
 template <class F>
 void gradient_row(const F* g, const F* y_repr, const F* scale, const F* shift, F low, F high, F gain, const F* a,
-                  const F* d, const F* c, const F* x, int64_t C, F* __restrict out) {
+                  const F* d, const F* c, const F* x, F times, int64_t C, F* __restrict constant, F* __restrict out) {
   for (int64_t j = 0; j < C; j++) {
     const F r = scale[j] * y_repr[j] + shift[j], G = (r >= low) & (r <= high) ? gain * g[j] : F(0);
-    out[j] = a[j] * G + d[j] + c[j] * x[j];
+    const F A = a[j] * G + d[j];
+    constant[j] = times * A;
+    if (x) out[j] = A + c[j] * x[j];
   }
 }
-template <class F> void gradient(const Clamp<F>& k, const F* a, const F* d, const F* c, const F* x, F* out) {
+template <class F>
+void gradient(const Clamp<F>& k, const F* a, const F* d, const F* c, const F* x, double times, F* constant, F* out) {
   const int64_t C = k.C;
   on_threads(k.M, [&](int64_t, Share mine) {
     for (int64_t at = mine.from * C; at < mine.to * C; at += C)
-      gradient_row<F>(k.g + at, k.y_repr + at, k.scale, k.shift, k.low, k.high, k.gain, a, d, c, x + at, C, out + at);
+      gradient_row<F>(k.g + at, k.y_repr + at, k.scale, k.shift, k.low, k.high, k.gain, a, d, c, x ? x + at : x, times,
+                      C, constant + at, out + at);
   });
 }
 
@@ -562,31 +566,43 @@ void count(const uint16_t* bits, int64_t* base, int64_t N, int64_t words) {  // 
   base[0] = 0;
   for (int64_t n = 0; n < N; n++) base[n + 1] += base[n];
 }
-// first + the numbers of the bits that are set; -> behind the last. Up to `end`, and four more, there is room.
-inline uint16_t* list_word(uint32_t word, uint16_t first, uint16_t* out, const uint16_t* end) {
-  uint16_t* const next = out + __builtin_popcount(word);
+// first + the numbers of the bits that are set, and up to a word of others behind them; -> behind the former
 #ifdef __AVX512VBMI2__
+inline uint16_t* list_word(uint32_t word, uint16_t first, uint16_t* out) {
   const Shorts lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const __m256i names = _mm256_maskz_compress_epi16(word, (__m256i)(lanes + first));
-  if (out + WORD <= end) _mm256_storeu_si256((__m256i*)out, names);
-  else _mm256_mask_storeu_epi16(out, (1 << (next - out)) - 1, names);  // which is slow
-#else
-  for (; word; out += 4)  // four at a time, some in vain
-    UNROLL for (int j = 0; j < 4; j++, word &= word - 1) out[j] = first + __builtin_ctz(word | 1u << 31);
-#endif
-  return next;
+  _mm256_storeu_si256((__m256i*)out, _mm256_maskz_compress_epi16(word, (__m256i)(lanes + first)));
+  return out + __builtin_popcount(word);
 }
+#else
+typedef uint16_t Eight __attribute__((vector_size(16), aligned(2), may_alias));
+struct OfByte {
+  uint16_t numbers[256][8] = {};
+  constexpr OfByte() {
+    for (int byte = 0; byte < 256; byte++)
+      for (int bit = 0, n = 0; bit < 8; bit++)
+        if (byte >> bit & 1) numbers[byte][n++] = bit;
+  }
+};
+constexpr OfByte OF_BYTE;
+inline uint16_t* list_word(uint32_t word, uint16_t first, uint16_t* out) {
+  for (int half = 0; half < 2; half++, word >>= 8, first += 8) {
+    *(Eight*)out = *(const Eight*)OF_BYTE.numbers[word & 255] + first;
+    out += __builtin_popcount(word & 255);
+  }
+  return out;
+}
+#endif
 void list(const uint16_t* bits, const int64_t* base, uint32_t* ptr_, uint16_t* active, int64_t N, int64_t H, int64_t W,
           int64_t words) {  // of a pixel
   on_threads(N, [&](int64_t, Share mine) {
     for (int64_t n = mine.from; n < mine.to; n++) {
       const uint16_t* word = bits + n * H * W * words;
       uint32_t* ptr = ptr_ + n * (H * W + 1);
-      uint16_t *const begin = active + base[n] + 4 * n, *const end = active + base[n + 1] + 4 * n, *out = begin;
+      uint16_t *const begin = active + base[n] + WORD * n, *out = begin;
       for (int64_t y = 0; y < H; y++)
         for (int64_t x = 0; x < W; x++) {
           *ptr++ = out - begin;
-          for (int64_t i = 0; i < words; i++) out = list_word(*word++, (x * words + i) * WORD, out, end);
+          for (int64_t i = 0; i < words; i++) out = list_word(*word++, (x * words + i) * WORD, out);
         }
       *ptr = out - begin;
     }
@@ -599,7 +615,9 @@ void list(const uint16_t* bits, const int64_t* base, uint32_t* ptr_, uint16_t* a
   void statistics_##f(const Layer<F>* L, double* sums) { L->OB == 32 ? pass_a<F, 32>(*L, sums) : pass_a<F, 16>(*L, sums); } \
   void fire_##f(const Layer<F>* L, const Firing<F>* k) { L->OB == 32 ? pass_b<F, 32>(*L, *k) : pass_b<F, 16>(*L, *k); } \
   void clamp_sums_##f(const Clamp<F>* k, const F* y_mean, const F* mu, double* sums) { clamp_sums(*k, y_mean, mu, sums); } \
-  void gradient_##f(const Clamp<F>* k, const F* a, const F* d, const F* c, const F* x, F* out) { gradient(*k, a, d, c, x, out); }
+  void gradient_##f(const Clamp<F>* k, const F* a, const F* d, const F* c, const F* x, double times, F* constant, F* out) { \
+    gradient(*k, a, d, c, x, times, constant, out);                                                                   \
+  }
 extern "C" {
 EXPORT(float, f32)
 EXPORT(double, f64)

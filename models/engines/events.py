@@ -17,6 +17,7 @@ from models.engines import dense
 from models.engines.interface import Observation
 from models.engines.kernels import (
     CELLS,
+    DOUBLE,
     TILE_A,
     TILE_B,
     TILE_SPLIT,
@@ -144,14 +145,14 @@ class Clamped:
         return self.gain * S1, self.gain * S2, above.sum()
 
     def affine(self, a, d, c, sequence):
-        if sequence is None:
-            sequence, c = self.r, torch.zeros_like(c)
-        else:
-            sequence = channels_last(sequence)
-        out = torch.empty_like(sequence)
+        return self.parts(a, d, c, sequence, 1)[sequence is not None]
+
+    def parts(self, a, d, c, sequence, times):
         vectors = [self.of_channels(v) for v in (a, d, c)]
-        self.kernels("gradient", self.g, self.arguments, *vectors, sequence, out)
-        return out.movedim(-1, 1)
+        constant, out = torch.empty_like(self.g), torch.empty_like(self.g)
+        sequence = None if sequence is None else channels_last(sequence)
+        self.kernels("gradient", self.g, self.arguments, *vectors, sequence, DOUBLE(times), constant, out)
+        return constant.movedim(-1, 1), out.movedim(-1, 1)
 
 
 class StoredCurrents(dense.Currents):

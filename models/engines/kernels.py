@@ -86,7 +86,7 @@ class Spikes:
         """(active, ptr), see events.cpp; with room for what vectors read and write beyond the end."""
         size = [LONG(n) for n in (self.images, self.height, self.width, self.bits.shape[1])]
         ptr = torch.empty(self.images * (self.height * self.width + 1), dtype=torch.int32)
-        active = torch.empty(self.base[-1].item() + 4 * self.images + 64, dtype=torch.int16)
+        active = torch.empty(self.base[-1].item() + WORD * self.images, dtype=torch.int16)
         self.kernels("list_spikes", None, self.bits, self.base, ptr, active, *size)
         return active, ptr
 

@@ -24,7 +24,7 @@ NEURONS = {
     "if": lambda T: IFNeuron(timesteps=T, Vth=0.7, alpha=0.5),
     "lif": lambda T: LIFNeuron(timesteps=T, Vth=0.4, alpha=0.6, tau=1.3, delta_t=0.4),
 }
-GEOMETRIES = [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (2, 2, 0), (3, 1, 0), (5, 2, 2)]
+GEOMETRIES = [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (2, 2, 0), (3, 1, 0), (5, 2, 2), (1, 1, 2)]
 
 
 def events():
