@@ -1,7 +1,9 @@
 """What the programs share: their common flags, and one run from flags to files."""
 
+import ctypes
 import os
 import random
+from contextlib import suppress
 from datetime import datetime
 
 import torch
@@ -12,7 +14,7 @@ from utils.data import load_data, test_loader, train_loader
 from utils.records import alone
 from utils.statistics import neuron_layers
 from utils.thresholds import start_thresholds
-from utils.training import Run, evaluate
+from utils.training import Run, autocast, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
 MODEL_SETTINGS = (*NEURON_SETTINGS, "backward", "dropout_mask", "Vth_grad_scale", "engine")
@@ -96,11 +98,7 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
     """
     validate(args)
     resumed, source = resume(args, files, fixed)
-    torch.manual_seed(args.manualSeed)
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    set_up(args)
     with distributed.first_on_each_machine():
         data = load(args)
     print(f"data: {args.dataset}, {data}")
@@ -139,6 +137,26 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
         if getattr(files, what).exists():
             print(f"{what + ':':13}{getattr(files, what)}")
+
+
+def set_up(args):
+    """The process as the flags want it: its seed, whether it repeats exactly, its memory."""
+    torch.manual_seed(args.manualSeed)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Have glibc's malloc, unless the environment sets it, keep what a step frees: new pages take time."""
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is not given back
 
 
 def validate(args):
@@ -228,7 +246,7 @@ def say_engine(model, device, precision):
     """Print which engine computes the spiking layers, and why it is not the event engine."""
     device = torch.device(device)
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             engine, reason = model.engine_in_use(device)
     except RuntimeError as error:
         raise UserError(f"--engine events: {error}; leave it out for the dense engine") from None

@@ -1,6 +1,11 @@
 """The schedule against its formula, metrics against a direct count, checkpoints against interruptions."""
 
 import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,31 @@ from utils.recipe import warmup_cosine
 from utils.records import Recorder, RunFiles
 from utils.statistics import count_spikes, firing_rates
 from utils.training import Metrics, Result, evaluate
+
+PAGES = """
+import resource, torch
+from utils.program import keep_freed_memory
+keep_freed_memory()
+for i in range(9):
+    torch.ones(2**25)
+    first = first if i else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="it is about glibc's malloc"
+)
+def test_freed_memory_is_used_again_unless_the_environment_says_how():
+    """Pages that the kernel hands out for 128 MB, eight times after the first, as the kernel counts them."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    how = dict(cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
+    kept, plain = (
+        int(subprocess.run([sys.executable, "-c", PAGES], env=env | settings, **how).stdout)
+        for settings in ({}, {"MALLOC_ARENA_TEST": "8"})
+    )
+    assert plain >= 8 * 64  # were each of 2 MB
+    assert kept < plain / 8
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(391, 400), (100, 250), (7, 0)])
