@@ -1,10 +1,11 @@
 // The event engine: a spiking layer computed spike by spike, in float or double.
 //
 // A spike of channel c at pixel q adds a row of the weights to every output under the kernel. So a layer's currents y,
-// and Q, the sum over time of its spikes correlated with its currents, cost as much as there are spikes; and no tensor
-// of T steps in floating point is ever in memory. The currents of a tile of outputs live in the cache, in
+// and Q, the sum over time of its spikes correlated with its currents, cost as much as there are spikes. The currents of
+// a tile of outputs live in the cache, in
 //   pass A for their sums, which the batch norm needs, and Q; and in
-//   pass B, once more (that is cheaper than storing them), for the neurons to fire.
+//   pass B, once more, for the neurons to fire. Where spikes are many, pass A keeps the currents for pass B, and so one
+// layer's T steps are in memory until it has fired; else no tensor of T steps in floating point ever is.
 //
 // Layouts. Images n = t*B + b of H*W pixels of C channels; C, and the O of the output, are whole words of 16.
 //   bits     (n, pixel, C/16)          uint16, a spike a bit
@@ -107,11 +108,15 @@ template <class F> struct Branch {  // a convolution of a spike train; or (k = 0
 template <class F> struct Layer {
   const Branch<F>* branches;
   const F* bias;
+  F* y;  // all currents, from pass A for pass B; or null
   int n_branches, T, B, H, W, O, OB;
   int scatter, split;        // currents by channel, not by output; threads share output channels, not images
   int frames, images, rows;  // of a tile of pass A; images of one step, and rows, of a tile of pass B
   const Branch<F>* begin() const { return branches; }
   const Branch<F>* end() const { return branches + n_branches; }
+  int64_t row(int block, int64_t n, int row) const {  // of y, where steps lie side by side
+    return ((((int64_t(block) * B + n % B) * H + row) * T + n / B) * W) * OB;
+  }
 };
 struct Tile {  // rows y0 to y1 of the images first + f % group + f / group * B, for each frame f
   int64_t first, B;
@@ -388,7 +393,7 @@ template <class F> void clear_border(const Layer<F>& L, const Tile& t, F* y) {
 }
 
 // ---- pass A: for each channel the sums of y and of y*y; and Q ---------------------------------------------------------
-template <class F, int OB> void add_sums(const Layer<F>& L, const Tile& t, const F* y, double* sums) {
+template <class F, int OB> void add_sums(const Layer<F>& L, const Tile& t, int block, const F* y, double* sums) {
   constexpr int N = OB / LANES<F>;
   Vector<F> first[N], sum[N], squares[N];  // of y - first, which keeps their precision
   const F* y0 = y + int64_t(t.cell(0, t.y0)) * OB;
@@ -399,6 +404,9 @@ template <class F, int OB> void add_sums(const Layer<F>& L, const Tile& t, const
         const Vector<F> d = load(y + (cell + x) * int64_t(OB) + v * LANES<F>) - first[v];
         sum[v] += d, squares[v] += d * d;
       }
+  });
+  if (L.y) for_rows(t, [&](int cell, int64_t n, int row) {
+    memcpy(L.y + L.row(block, n, row), y + cell * int64_t(OB), sizeof(F) * L.W * OB);
   });
   const double n = double(t.frames) * (t.y1 - t.y0) * L.W;
   for (int c = 0; c < OB; c++) {
@@ -421,7 +429,7 @@ template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
       for (int block = own.from; block < own.to; block++) {
         F* y = scratch.y;
         currents<F, OB>(L, t, block, scratch);
-        add_sums<F, OB>(L, t, y, sums + id * 2 * L.O + block * OB);
+        add_sums<F, OB>(L, t, block, y, sums + id * 2 * L.O + block * OB);
         if (L.scatter || n != scratch.frames) clear_border(L, t, y);
         if (block + 1 == own.to) scratch.frames = n;
         for (int k = 0; k < L.n_branches; k++) {
@@ -483,14 +491,14 @@ template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {
       const int64_t first = i / strips * L.images;
       const int n = min<int64_t>(L.images, L.B - first), y0 = i % strips * L.rows, y1 = min(y0 + L.rows, L.H);
       const Tile t = with_border(L, {first, L.B, L.T * n, n, y0, y1, 0, 0, 0});
-      scratch.find_spikes(L, t, false);
-      const int64_t y_step = int64_t(n) * t.height() * t.PW * OB;
+      if (!L.y) scratch.find_spikes(L, t, false);
+      const int64_t y_step = (L.y ? int64_t(L.W) : int64_t(n) * t.height() * t.PW) * OB;
       for (int64_t block = own.from; block < own.to; block++) {
-        currents<F, OB>(L, t, block, scratch);
+        if (!L.y) currents<F, OB>(L, t, block, scratch);
         for (int f_ = 0; f_ < n; f_++)
           for (int row = y0; row < y1; row++)
             for (int c = 0; c < OB; c += WORD) {
-              const F* y = scratch.y + int64_t(t.cell(f_, row)) * OB + c;
+              const F* y = (L.y ? L.y + L.row(block, first + f_, row) : scratch.y + int64_t(t.cell(f_, row)) * OB) + c;
               const int64_t word = ((first + f_) * L.H + row) * L.W * words + (block * OB + c) / WORD;
               int x = 0;
               for (; x + G <= L.W; x += G)

@@ -173,16 +173,18 @@ class Currents:
     def __init__(self, engine, branches, neuron):
         self.branches, self.neuron, like = branches, neuron, neuron.Vth.detach()
         train = branches[0].train.spikes
-        weights = [branch.weight for branch in branches if branch.weight is not None]
+        weighted = [branch for branch in branches if branch.weight is not None]
+        weights, densities = [b.weight for b in weighted], [b.train.spikes.density for b in weighted]
+        # how many spikes reach an output
+        self.spikes = sum(density * weight[0].numel() for density, weight in zip(densities, weights))
         channels, size = train.channels, (train.height, train.width)
-        if weights:
-            linear, channels = next(b.linear for b in branches if b.weight is not None), len(weights[0])
+        if weighted:
+            linear, channels = weighted[0].linear, len(weights[0])
             kernel, stride, padding = (numbers[0] for numbers in geometry(linear))
             size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
         self.shape = (train.images, channels, *(size if len(train.shape) == 4 else ()))
         whole = -(-channels // WORD) * WORD
-        density = max((b.train.spikes.density for b in branches if b.weight is not None), default=0.0)
-        shape = train.images, *size, whole
+        shape, density = (train.images, *size, whole), max(densities, default=0.0)
         self.layer = KernelLayer(engine.kernels, shape, neuron.timesteps, weights, like, density)
         for branch in branches:
             self.add(branch)
@@ -220,6 +222,7 @@ class Currents:
                 Qs[k] = PackedQ(Q, branch.train.amplitude)
                 self.layer.branches[k].Q = Q.data_ptr()
         n = self.layer.images * self.layer.height * self.layer.width
+        self.layer.keep(self.spikes)
         mean, squares = self.layer.sums()[:, : self.shape[1]] / n
         var = (squares - mean.square()).clamp_(min=0)
         like = self.layer.like

@@ -15,6 +15,7 @@ BLOCK_BYTES = 300 * 2**10  # of the weights of a block of output channels, which
 SPLIT_BYTES = 2**20  # of a layer's weights, from which on threads share its output channels, not its images
 SCATTER_BYTES = 2**18  # of a tile of pass B, where currents are computed by channel: that is
 SCATTER_TO = 0.13  # faster for layers of one word, as long as fewer neurons of the inputs fire
+KEPT_FROM, KEPT_BYTES = 40, 2**27  # spikes an output from which, and up to what size, currents are kept
 CELLS = 2**16  # of a tile at most: 16 bits name one
 TILE_A, TILE_B, TILE_SPLIT = 256, 640, 1280  # outputs of a tile of pass A and of pass B; of both, if split
 
@@ -34,7 +35,7 @@ class BranchArguments(ctypes.Structure):
 
 
 class LayerArguments(ctypes.Structure):
-    _fields_ = fields(POINTER, "branches bias")
+    _fields_ = fields(POINTER, "branches bias y")
     _fields_ += fields(INT, "n_branches T B H W O OB scatter split frames images rows")
 
 
@@ -122,6 +123,7 @@ class KernelLayer:
         self.split = size > SPLIT_BYTES and self.channels // self.block >= self.threads
         self.scatter = bool(weights) and self.channels == WORD and density < SCATTER_TO
         self.branches, self.kept, self.bias = [], [], like.new_zeros(self.channels)
+        self.y = like.new_empty(0)
 
     def add(self, shape, linear=None, scale=1.0, still=False, **tensors):
         """A branch with an input of `shape` (rows, H, W, C): bits, active, base, ptr, weights, values, Q."""
@@ -149,6 +151,12 @@ class KernelLayer:
         most = CELLS // (T * cells(self.rows, self.width))
         self.batch_of_tile = max(1, min(of_b // (T * pixels), -(-batch // share), most))
 
+    def keep(self, spikes):
+        """Have pass A keep the currents for pass B, if they are of so many spikes that this is faster."""
+        outputs = self.images * self.height * self.width * self.channels
+        if spikes >= KEPT_FROM and outputs * self.like.element_size() <= KEPT_BYTES:
+            self.y = self.like.new_empty(outputs)
+
     def fits(self):
         """Whether 16 bits name each cell of the smallest tiles, one image in pass A, T in pass B."""
         return max(cells(self.height, self.width), self.timesteps * cells(self.rows, self.width)) <= CELLS
@@ -157,7 +165,7 @@ class KernelLayer:
         self.array = (BranchArguments * len(self.branches))(*self.branches)
         size = self.timesteps, self.images // self.timesteps, self.height, self.width, self.channels
         tiles = self.frames, self.batch_of_tile, self.rows
-        pointers = ctypes.addressof(self.array), self.bias.data_ptr()
+        pointers = ctypes.addressof(self.array), self.bias.data_ptr(), self.y.data_ptr()
         numbers = len(self.branches), *size, self.block, self.scatter, self.split, *tiles
         return ctypes.byref(LayerArguments(*pointers, *numbers))
 
