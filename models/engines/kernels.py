@@ -15,7 +15,7 @@ BLOCK_BYTES = 300 * 2**10  # of the weights of a block of output channels, which
 SPLIT_BYTES = 2**20  # of a layer's weights, from which on threads share its output channels, not its images
 SCATTER_BYTES = 2**18  # of a tile of pass B, where currents are computed by channel: that is
 SCATTER_TO = 0.13  # faster for layers of one word, as long as fewer neurons of the inputs fire
-KEPT_FROM, KEPT_BYTES = 40, 2**27  # spikes an output from which, and up to what size, currents are kept
+KEPT_FROM, KEPT_BYTES = 40, 2**21  # spikes an output, bytes a sample: from and to which currents are kept
 CELLS = 2**16  # of a tile at most: 16 bits name one
 TILE_A, TILE_B, TILE_SPLIT = 256, 640, 1280  # outputs of a tile of pass A and of pass B; of both, if split
 
@@ -153,9 +153,9 @@ class KernelLayer:
 
     def keep(self, spikes):
         """Have pass A keep the currents for pass B, if they are of so many spikes that this is faster."""
-        outputs = self.images * self.height * self.width * self.channels
-        if spikes >= KEPT_FROM and outputs * self.like.element_size() <= KEPT_BYTES:
-            self.y = self.like.new_empty(outputs)
+        outputs = self.height * self.width * self.channels
+        if spikes >= KEPT_FROM and self.timesteps * outputs * self.like.element_size() <= KEPT_BYTES:
+            self.y = self.like.new_empty(self.images * outputs)
 
     def fits(self):
         """Whether 16 bits name each cell of the smallest tiles, one image in pass A, T in pass B."""
