@@ -305,6 +305,13 @@ def test_cut_at_every_sixteenth(whole, tmp_path):
         assert len(error.value.args[0].splitlines()) == 1
 
 
+def test_a_pickle_that_refers_to_nothing(tmp_path):
+    path = tmp_path / "refers.pth"
+    path.write_bytes(b"\x80\x02h\x65.")  # protocol 2; what was remembered as 101, which nothing was; end
+    with pytest.raises(UserError, match=r"refers.pth is damaged or not a checkpoint \(no entry 101\); give"):
+        foreign.load(path)
+
+
 def test_a_flipped_byte_is_found_or_of_no_matter(whole, tmp_path):
     """At 200 random places, half of them in the zip's directory at the end and in the headers."""
     file, path, rng = files_of(whole).checkpoint, tmp_path / "flipped.pth", random.Random(0)

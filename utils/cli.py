@@ -62,7 +62,8 @@ def explained(explain, *kinds):
         if not isinstance(error, kinds or Exception) or isinstance(error, UserError) and not kinds:
             raise
         lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-        reason = lines[0][:200] if lines else type(error).__name__
+        missing = "no entry " if isinstance(error, KeyError) else ""
+        reason = missing + lines[0][:200] if lines else type(error).__name__
         if reason.startswith("Weights only"):  # torch advises to run the code that the file holds
             reason = "not what torch.save writes of tensors, numbers and text"
         raise UserError(explain(reason)) from None
