@@ -204,11 +204,11 @@ def publish(options):
 
 def draw_curves(options):
     """Draw the accuracy of the chosen runs, or of all, against epochs and hours."""
-    stems = {o.files.arguments.stem: o for group in find_runs(options.checkpoint).values() for o in group}
-    unknown = [text for text in options.runs if not any(text in stem for stem in stems)]
+    runs = [(o.files.arguments.stem, o) for group in find_runs(options.checkpoint).values() for o in group]
+    unknown = [text for text in options.runs if not any(text in stem for stem, _ in runs)]
     refuse(f"no run below {options.checkpoint} has in its name", unknown)
     wanted = options.runs or [""]
-    chosen = [outcome for stem, outcome in stems.items() if any(text in stem for text in wanted)]
+    chosen = [outcome for stem, outcome in runs if any(text in stem for text in wanted)]
     require(chosen, f"no run below {options.checkpoint} has finished an epoch; start one by `run`")
     checkpoint.save(chosen, options.out, write=curves.draw)
     print(f"picture: {options.out}")

@@ -28,7 +28,7 @@ from models.layers import BACKWARDS
 from models.registry import NETWORKS
 from models.thresholds import fit_to_activations
 from utils import checkpoint, distributed, foreign
-from utils.calibration import calibrate, load_thresholds
+from utils.calibration import calibrate
 from utils.cli import Parser, choose_device, explained, number, read_presets, require, run_program
 from utils.data import loader, unaugmented
 from utils.program import add_flags, count, load, natural, run
@@ -105,11 +105,7 @@ def main(argv=None):
         calculate_thresholds(args, files.folder, device)
         return
 
-    def prepare(model):
-        if args.load_Vth:
-            load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
-
-    own = dict(create_model=create_model, fit_thresholds=fit_thresholds, prepare=prepare)
+    own = dict(create_model=create_model, fit_thresholds=fit_thresholds)
     run(args, files=files, device=device, fixed=parser.fixed, **own)
     distributed.leave()
 

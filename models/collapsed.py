@@ -66,7 +66,7 @@ def collapsed_layer(branches, bn, neuron):
     """
     neuron.project_threshold()
     first = branches[0][1]
-    branches = [(*split(linear, train.static), train) for linear, train in branches]
+    branches = [(*split(linear, train), train) for linear, train in branches]
     inputs = [
         PerBranch(train.representation, *affine(linear), *affine(inner)) for linear, inner, train in branches
     ]
@@ -246,14 +246,21 @@ def fold(x, norm):
     return weight, norm.shift if x.bias is None else norm.a * x.bias + norm.shift
 
 
-def split(linear, static):
-    """A branch's map as (linear map, its own batch norm or None). TypeError for a map of another kind."""
+def split(linear, train):
+    """A branch's map as (linear map, its own batch norm or None).
+
+    TypeError for a map of another kind, ValueError for a train of a shape that it does not take.
+    """
     linear, inner = linear if isinstance(linear, nn.Sequential) and len(linear) == 2 else (linear, None)
     known = isinstance(linear, (nn.Conv2d, nn.Linear) if inner else (nn.Conv2d, nn.Linear, nn.Identity))
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
     if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
         allowed = "Conv2d padded by a number of zeros or Linear, alone or before a batch norm, or Identity"
         raise TypeError(f'no collapsed layer for {linear}: {allowed}; else backward = "unrolled"')
-    if inner is not None and static:
+    if inner is not None and train.static:
         raise ValueError("a branch on the image itself cannot have a batch norm of its own")
+    dims = (4,) if isinstance(linear, nn.Conv2d) else (2,) if isinstance(linear, nn.Linear) else (2, 4)
+    if len(train.spikes.shape) not in dims:
+        taken = " or ".join({2: "(T*B, C)", 4: "(T*B, C, H, W)"}[n] for n in dims)
+        raise ValueError(f"a collapsed layer's {linear} takes {taken}, not {tuple(train.spikes.shape)}")
     return linear, inner

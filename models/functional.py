@@ -132,7 +132,8 @@ class DSR(torch.autograd.Function):
     @staticmethod
     def forward(ctx, currents, Vth, neuron):
         ctx.neuron = neuron
-        ctx.save_for_backward(*neuron.clamp_zones(neuron.representation(currents)))
+        x = neuron.representation(currents)
+        ctx.save_for_backward(*clamp_zones(x, neuron.ceiling, neuron.closed))
         return neuron.fire(currents)
 
     @staticmethod

@@ -74,7 +74,9 @@ class SpikingNetwork(nn.Module):
         synchronize(self)
 
     def compile_loops(self):
-        """Run the dense engine's time loops through torch.compile. RuntimeError without a compiler."""
+        """Run the dense engine's time loops through torch.compile. RuntimeError without loops or compiler."""
+        if self.backward == "unrolled":
+            raise RuntimeError("an unrolled network, as every ANN is, has no loops to compile")
         self._compiled = DenseEngine(compiled_loop(self._neuron.Vth.detach()))
 
     def engine_in_use(self, device):

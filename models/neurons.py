@@ -127,10 +127,6 @@ class Neuron(nn.Module):
             return functional.rate(sequence)
         return functional.weighted_rate(sequence, self.weights)
 
-    def clamp_zones(self, x):
-        """Where the clamp passes the representation x of the currents, and where it cuts x off."""
-        return functional.clamp_zones(x, self.ceiling, self.closed)
-
     @property
     def decoding_gain(self):
         """sum_t w_t^2: see `functional.Read`."""

@@ -42,35 +42,25 @@ def track(bn, mean, var, n):
     bn.running_var.lerp_(var * (n / (n - 1)), bn.momentum)
 
 
-def total(x):
-    """The sum of x over all processes, outside autograd."""
-    x = x.clone()
-    dist.all_reduce(x)
-    return x
-
-
 class Total(torch.autograd.Function):
-    """`total` under autograd: every process's x receives the sum of all processes' gradients."""
+    """The sum of x over all processes; every process's x receives the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx, x):
-        return total(x)
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
 
     @staticmethod
     def backward(ctx, grad):
-        return total(grad)
+        return Total.apply(grad)
 
 
 def synchronize(module):
-    """Put a SynchronizedBatchNorm in the place of every batch norm inside `module`, with its parameters."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            twin = SynchronizedBatchNorm(child.num_features, child.eps, child.momentum).train(child.training)
-            for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                setattr(twin, part, getattr(child, part))
-            setattr(module, name, twin)
-        else:
-            synchronize(child)
+    """Make every batch norm inside `module` a SynchronizedBatchNorm, in place."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.__class__ = SynchronizedBatchNorm
 
 
 def normalization(bn, seen, gamma, beta, like):
@@ -103,5 +93,5 @@ def means(S1, S2, n, norm):
         return torch.zeros_like(S1), torch.zeros_like(S2)
     if not isinstance(norm.module, SynchronizedBatchNorm):
         return S1 / n, S2 / n
-    S1, S2, n = total(torch.stack([S1, S2, torch.full_like(S1, n)]))
+    S1, S2, n = Total.apply(torch.stack([S1, S2, torch.full_like(S1, n)]))
     return S1 / n, S2 / n

@@ -78,7 +78,8 @@ class SpikeTrain:
         known = isinstance(function, LINEAR) or function in CHECKED
         if not (known or self.unrolled or self.static or self.mean is None):
             check_linear(function, self.mean)
-            if isinstance(function, nn.Module) and function.training:  # in eval mode it may do something else
+            # not in eval mode, where it may do something else, nor with parameters: they may be trained later
+            if isinstance(function, nn.Module) and function.training and not list(function.parameters()):
                 CHECKED.add(function)
         train = self.at_every_step(function)
         if self.static and getattr(train.representation, "requires_grad", False):

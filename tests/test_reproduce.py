@@ -265,6 +265,17 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     assert "94.50 ± 0.71 (94.00, 95.00) (n=2) | " in capsys.readouterr().out
 
 
+def test_curves_show_runs_of_one_name_in_two_folders(tmp_path, monkeypatch):
+    for row in ("main-cifar10-if", "main-cifar100-if"):
+        leave(tmp_path, row, 1, [50.0])
+    for file in tmp_path.glob("*/*_s1_0.*"):
+        file.rename(file.with_name("preresnet.resnet18_if" + file.suffix))
+    drawn = []
+    monkeypatch.setattr(reproduce.curves, "draw", lambda outcomes, file: drawn.extend(outcomes))
+    reproduce.main(["curves", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "curves.png")])
+    assert sorted(outcome.args["dataset"] for outcome in drawn) == ["cifar10", "cifar100"]
+
+
 NETWORKS = ["preresnet.resnet20_if", "preresnet.resnet20_lif"]
 NETWORKS += ["preresnet_snn.resnet18_if", "preresnet_snn.resnet18_lif"]
 
@@ -323,6 +334,8 @@ MISTAKES = {
     "publish {tmp}/snn.pth x": "--trained_on",
     "publish {tmp}/snn.pth x --trained_on y": "best_acc",
     "report {tmp}/snn.pth --path {tmp}/nowhere": "nowhere",
+    "report {tmp}/noise.pth": "unknown data set noise",
+    "table --checkpoint {tmp}/out": "x.json is damaged",
 }
 
 
@@ -333,6 +346,10 @@ def test_a_mistake_gets_one_line(flags, tmp_path, capsys):
     for kind in ("ann", "snn"):
         args = dict(model=f"preresnet.resnet20_{kind.replace('snn', 'if')}", dataset="imagefolder")
         torch.save(dict(epoch=1, state_dict={}, args=args), tmp_path / f"{kind}.pth")
+    args = dict(args, dataset="noise", timesteps=2)
+    torch.save(dict(epoch=1, state_dict={}, args=args), tmp_path / "noise.pth")
+    (tmp_path / "out" / "cifar10").mkdir(parents=True)
+    (tmp_path / "out" / "cifar10" / "x.json").write_text('["no arguments"]')
     with pytest.raises(SystemExit) as end:
         run_program(reproduce.main, shlex.split(flags.replace("{tmp}", str(tmp_path))))
     message = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err

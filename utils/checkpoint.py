@@ -69,9 +69,12 @@ def resume(name, files):
     `auto` asks for the newest whole checkpoint of this run, if any.
     """
     if name != "auto":
-        path = find(name, files.folder) if name else None
-        return (load_run(path, files.accuracy), path) if path else (None, None)
-    for path in filter(Path.is_file, (files.checkpoint, files.previous, files.best)):
+        if not name:
+            return None, None
+        path = find(name, files.folder)  # this run's own by whatever name
+        path = next((own for own in files.checkpoints if own.is_file() and own.samefile(path)), path)
+        return load_run(path, files.accuracy), path
+    for path in filter(Path.is_file, files.checkpoints):
         try:
             content = load_run(path, files.accuracy)
         except UserError as error:
@@ -91,28 +94,23 @@ def started(arguments_file):
         return None
 
 
-def load_weights(model, state_dict, path, optional=()):
-    """Copy weights, keys with or without `module.`, into `model`; refuse misfits but for `optional` names."""
+def load_weights(model, state_dict, path, optional=(), classes=None):
+    """Copy weights, keys with or without `module.`, into `model`; refuse misfits but for `optional` names.
+
+    classes: their number here; what is of another number of them starts afresh, with a warning.
+    """
     given, own = {key.removeprefix("module."): x for key, x in state_dict.items()}, model.state_dict()
     shapes = {key: getattr(given[key], "shape", "?") for key in own.keys() & given.keys()}
     shapes = {key: shape for key, shape in shapes.items() if shape != own[key].shape}
-    wrong = [f"{key} is {list(shape)} instead of {list(own[key].shape)}" for key, shape in shapes.items()]
+    of_classes = {key: own[key] for key in shapes if own[key].shape[:1] == (classes,)}
+    fresh = {key: x for key, x in of_classes.items() if x.shape[1:] == shapes[key][1:]}
+    if layers := ", ".join(sorted({key.rpartition(".")[0] for key in fresh})):
+        warn(f"{path} is of another number of classes, not {classes}: {layers} start afresh")
+    given, misfits = given | fresh, shapes.keys() - fresh
+    wrong = [f"{key} is {list(shapes[key])} instead of {list(own[key].shape)}" for key in misfits]
     if not wrong:
         with explained(lambda why: f"{path} does not fit this model: {why}"):  # values that cannot be copied
             missing, unknown = model.load_state_dict(given, strict=False)
         wrong = [f"{key} is missing" for key in missing if key.rpartition(".")[2] not in optional]
         wrong += [f"{key} is unknown" for key in unknown]
     refuse(f"{path} does not fit this model and number of classes", sorted(wrong))
-
-
-def for_other_classes(state_dict, model, classes, path):
-    """The weights, with the model's own where those are of another number of classes, which it warns of."""
-    given, fresh = {key.removeprefix("module."): x for key, x in state_dict.items()}, {}
-    for key, own in model.state_dict().items():
-        shape = getattr(given.get(key), "shape", own.shape)
-        if shape != own.shape and own.shape[:1] == (classes,) and shape[1:] == own.shape[1:]:
-            fresh[key] = own
-    layers = ", ".join(sorted({key.rpartition(".")[0] for key in fresh}))
-    if layers:
-        warn(f"{path} is of another number of classes, not {classes}: {layers} start afresh")
-    return given | fresh

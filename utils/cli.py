@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+import unicodedata
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -43,6 +44,13 @@ def few(names):
     """The first three of a list, in words."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def is_line(text):
+    """Whether a line can show the text as it is: no control characters, line ends or changes of direction."""
+    turns = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    kinds = {unicodedata.category(c) for c in text}, {unicodedata.bidirectional(c) for c in text}
+    return kinds[0].isdisjoint(("Cc", "Cs", "Zl", "Zp")) and kinds[1].isdisjoint(turns)
 
 
 def unknown(what, name, known):
@@ -117,7 +125,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """With the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        without = not action.option_strings or action.default in (None, "", False, argparse.SUPPRESS)
+        without = not action.option_strings or str(action.default) in ("None", "", "False", argparse.SUPPRESS)
         return action.help if without or not action.help else f"{action.help} (default: %(default)s)"
 
 

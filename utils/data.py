@@ -50,6 +50,7 @@ class Source:
 
 def load_data(name, path, timesteps=None, image_size=None):
     """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole."""
+    require(name in DATASETS, f"unknown data set {name}; add it to utils.data.DATASETS, or choose another")
     source = DATASETS[name]
     train, test = source.load(Path(path), timesteps=timesteps, image_size=image_size)
     named = source.classes or hasattr(train, "classes")

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import torch
 
-from utils.cli import explained, refuse, require
+from utils.cli import explained, is_line, refuse, require
 
 
 def read(path):
@@ -39,7 +39,7 @@ def inspect(content):
 
 def is_plain(x):
     """Whether a command line can give it, and a line can show it; or it is a table of such (thresholds)."""
-    text = isinstance(x, str) and x.isprintable()
+    text = isinstance(x, str) and is_line(x)
     table = isinstance(x, dict) and all(map(is_plain, x.values()))
     return x is None or text or table or isinstance(x, float) or isinstance(x, int) and abs(x) < 2**63
 

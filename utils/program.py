@@ -9,7 +9,8 @@ from datetime import datetime
 import torch
 
 from utils import checkpoint, distributed, foreign
-from utils.cli import UserError, number, require, warn
+from utils.calibration import load_thresholds
+from utils.cli import UserError, explained, is_line, number, require, warn
 from utils.data import load_data, test_loader, train_loader
 from utils.records import alone
 from utils.statistics import neuron_layers
@@ -91,12 +92,13 @@ def load(args):
     return load_data(args.dataset, args.path, args.timesteps, getattr(args, "image_size", None))
 
 
-def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=None, transfer=False):
+def run(args, *, files, device, fixed, create_model, fit_thresholds, transfer=False):
     """Train or evaluate as the flags say; a run that goes on must keep the `fixed` ones. Raises UserError.
 
-    `prepare(model)` follows the weights of --pre_train. `transfer`: they may be of another number of classes.
+    `transfer`: the weights of --pre_train may be of another number of classes.
     """
     validate(args)
+    seen = files.age()
     resumed, source = resume(args, files, fixed)
     set_up(args)
     with distributed.first_on_each_machine():
@@ -113,9 +115,11 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
     else:
         if args.pre_train:
             others = data.classes if transfer and not args.evaluate else None
-            start_from(checkpoint.find(args.pre_train, files.folder), model, others)
-        if prepare is not None:
-            prepare(model)
+            path = checkpoint.find(args.pre_train, files.folder)
+            weights = foreign.load(path)["state_dict"]
+            checkpoint.load_weights(model, weights, path, optional=("Vth",), classes=others)
+        if getattr(args, "load_Vth", ""):
+            load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
     workers = min(args.workers, os.cpu_count() or args.workers)
     loading = dict(workers=workers, pin_memory=args.pin_memory and device.type == "cuda")
     test = test_loader(data.test, batch_size=args.test_batch, **loading)
@@ -132,6 +136,8 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, prepare=Non
         run.go_on(resumed, source)
     checkpoint.make_folder(files.folder)
     with alone(files):
+        newer = f"{files.checkpoint} was written by another run while this one started; start again"
+        require(files.age() == seen, newer)
         start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
         run.train()
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
@@ -161,6 +167,8 @@ def keep_freed_memory():
 
 def validate(args):
     """Refuse flags that do not fit each other."""
+    odd = ", ".join(f"--{name}" for name, x in vars(args).items() if isinstance(x, str) and not is_line(x))
+    require(not odd, f"{odd}: characters in it that no line can show; choose another name")
     slash, n = "/" in args.name or "\\" in args.name, distributed.world_size()
     require(not slash, f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
     low = f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that"
@@ -188,7 +196,7 @@ def resume(args, files, fixed):
     args.started = earlier.get("started") if resumed else now
     if resumed:
         compare(args, resumed, source, fixed)
-        own = source in (files.checkpoint, files.previous, files.best)
+        own = source in files.checkpoints
         args.pre_train = earlier.get("pre_train", "")  # this and the next for the tables
         args.went_on_from = earlier.get("went_on_from", "") if own else str(args.resume)
     return resumed, source
@@ -213,20 +221,13 @@ def compare(args, resumed, source, fixed):
         resumed["iteration"] = 0
 
 
-def start_from(path, model, classes):
-    """The weights of --pre_train; with `classes`, their number here, those of others start afresh."""
-    weights = foreign.load(path)["state_dict"]
-    if classes is not None:
-        weights = checkpoint.for_other_classes(weights, model, classes, path)
-    checkpoint.load_weights(model, weights, path, optional=("Vth",))
-
-
 def build_model(args, classes, device, create_model):
     """The network of the flags, on the device."""
     settings, auto = {name: getattr(args, name) for name in MODEL_SETTINGS}, args.Vth == "auto"
     if auto:
         settings["Vth"] = max(1.0, args.Vth_bound)
-    model = create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings)
+    with explained(lambda why: f"no network {args.model} with these settings: {why}", TypeError, ValueError):
+        model = create_model(args.model, num_classes=classes, train_Vth=bool(args.train_Vth), **settings)
     for _, neuron in neuron_layers(model) if auto else ():  # until they are fitted: spikes of size 1
         neuron.Vth.data.fill_(max(neuron.unit, args.Vth_bound))
     model = model.to(device)

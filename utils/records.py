@@ -23,6 +23,7 @@ class RunFiles:
         self.checkpoint = self.folder / f"{stem}.pth"
         self.previous = self.folder / f"{stem}_previous.pth"
         self.best = self.folder / f"{stem}_best.pth"
+        self.checkpoints = self.checkpoint, self.previous, self.best  # in the order in which a run goes on
         self.log = self.folder / f"{stem}.txt"
         self.curves = self.folder / f"{stem}.pdf"
         self.arguments = self.folder / f"{stem}.json"
@@ -30,6 +31,10 @@ class RunFiles:
         self.lock = self.folder / f".{stem}.lock"
         self.firing_rates = self.folder / f"{stem}_firing_rate.dict"
         self.tensorboard = self.folder / stem
+
+    def age(self):
+        """When the checkpoint was written, or None."""
+        return self.checkpoint.stat().st_mtime_ns if self.checkpoint.exists() else None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class Outcome:
 
     def __init__(self, file):
         with explained(lambda why: f"{file} is damaged ({why}); remove it"):
-            self.args = json.loads(file.read_text())
+            self.args = dict(json.loads(file.read_text()))
         self.files = RunFiles(file.parent, file.stem)
         self.epochs = epochs_done(self.files, self.args.get("epochs", 0))
         self.sessions = read_sessions(self.files.session)

@@ -161,7 +161,7 @@ class Run:
         far = f"{source}: {self.step} iterations into an epoch of {self.steps}; give it the same data"
         require(self.step <= self.steps, far)
         self.sums = resumed.get("sums") if self.step else None
-        if source in (self.files.checkpoint, self.files.previous, self.files.best):
+        if source in self.files.checkpoints:
             self.best_acc = resumed["best_acc"]
             if "log" not in resumed and self.files.log.exists():  # an official run has its rows there alone
                 self.rows = read_log(self.files.log)[: self.epoch]
@@ -263,7 +263,7 @@ class Run:
         state = dict(epoch=self.epoch, iteration=self.step, state_dict=weights, log=self.recorder.rows)
         state |= {accuracy: top1, f"best_{accuracy}": self.best_acc} | within
         state |= dict(arch=self.args.model, optimizer=self.optimizer.state_dict(), args=vars(self.args))
-        if classes := getattr(self.train_loader.dataset.dataset, "classes", None):
-            state["classes"] = classes  # their names
+        if (classes := getattr(self.train_loader.dataset.dataset, "classes", None)) is not None:
+            state["classes"] = [str(name) for name in classes]
         state |= dict(versions=dict(torch=str(torch.__version__), python=platform.python_version()))
         checkpoint.save(state, file, self.files.previous if file == self.files.checkpoint else None)

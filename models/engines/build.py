@@ -1,5 +1,6 @@
 """Builds the event engine's kernels at first use, by the user's own C++ compiler."""
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -37,11 +38,11 @@ def find_kernels():
                 with FileLock(library.with_name("lock"), timeout=WAIT):
                     if not library.exists():
                         build(loader, library, march)
+        return ctypes.CDLL(str(library)), None
     except Timeout:
         return None, f"another process has been building it for {WAIT} s"
     except (ImportError, OSError, RuntimeError) as error:
         return None, (str(error).splitlines() or ["its build failed"])[0]
-    return library, None
 
 
 def build(loader, library, march):

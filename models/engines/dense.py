@@ -113,8 +113,6 @@ class Currents:
     def fire(self, scale, shift, needed):
         """See `interface`. Spikes overwrite the currents where they fit."""
         T, y = self.neuron.timesteps, self.y
-        if y.dim() not in (2, 4):
-            raise ValueError(f"collapsed layers take (T*B, C) or (T*B, C, H, W), not {y.dim()} dimensions")
         layout = torch.channels_last if y.dim() == 4 else torch.contiguous_format
         spikes, steps = y, rows(y, 1 if self.static else T)
         if self.static or y.dtype != self.dtype or not y.is_contiguous(memory_format=layout):

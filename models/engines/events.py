@@ -67,7 +67,8 @@ class EventEngine(dense.DenseEngine):
     def currents(self, branches, neuron, dtype):
         if neuron.dynamics is not functional.membrane:
             return dense.Currents(self, branches, neuron, dtype)
-        if all(self.takes(branch) for branch in branches):
+        shapes = {currents_shape(branch) for branch in branches} if all(map(self.takes, branches)) else ()
+        if len(shapes) == 1 and min(*shapes) > 0:  # else the dense engine says what does not fit
             currents = Currents(self, branches, neuron)
             if currents.layer.fits():
                 return currents
@@ -77,7 +78,9 @@ class EventEngine(dense.DenseEngine):
         spikes = branch.train.spikes
         if not isinstance(spikes, Spikes) or spikes.density > self.limit:
             return False
-        return branch.weight is None or is_plain(branch.linear, spikes.width)
+        if branch.weight is None:
+            return True
+        return branch.weight.shape[1] == spikes.channels and is_plain(branch.linear, spikes.width)
 
     def clamped(self, clamp, g):
         return Clamped(self.kernels, clamp, g)
@@ -118,6 +121,16 @@ class EventEngine(dense.DenseEngine):
 
     def unpacked(self, Q, shape):
         return Q.unpacked(shape) if isinstance(Q, PackedQ) else Q
+
+
+def currents_shape(branch):
+    """The shape of a branch's currents, (T*B, C, H, W)."""
+    spikes = branch.train.spikes
+    channels, size = spikes.channels, (spikes.height, spikes.width)
+    if branch.weight is not None:
+        kernel, stride, padding = (numbers[0] for numbers in geometry(branch.linear))
+        channels, size = len(branch.weight), [(n + 2 * padding - kernel) // stride + 1 for n in size]
+    return spikes.images, channels, *size
 
 
 class Clamped:
@@ -172,20 +185,14 @@ class Currents:
 
     def __init__(self, engine, branches, neuron):
         self.branches, self.neuron, like = branches, neuron, neuron.Vth.detach()
-        train = branches[0].train.spikes
         weighted = [branch for branch in branches if branch.weight is not None]
         weights, densities = [b.weight for b in weighted], [b.train.spikes.density for b in weighted]
         # how many spikes reach an output
         self.spikes = sum(density * weight[0].numel() for density, weight in zip(densities, weights))
-        channels, size = train.channels, (train.height, train.width)
-        if weighted:
-            linear, channels = weighted[0].linear, len(weights[0])
-            kernel, stride, padding = (numbers[0] for numbers in geometry(linear))
-            size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
-        self.shape = (train.images, channels, *(size if len(train.shape) == 4 else ()))
-        whole = -(-channels // WORD) * WORD
-        shape, density = (train.images, *size, whole), max(densities, default=0.0)
-        self.layer = KernelLayer(engine.kernels, shape, neuron.timesteps, weights, like, density)
+        images, channels, *size = currents_shape(branches[0])
+        self.shape = (images, channels, *size)[: len(branches[0].train.spikes.shape)]
+        shape, densest = (images, *size, -(-channels // WORD) * WORD), max(densities, default=0.0)
+        self.layer = KernelLayer(engine.kernels, shape, neuron.timesteps, weights, like, densest)
         for branch in branches:
             self.add(branch)
         self.layer.tile(*(TILE_SPLIT, TILE_SPLIT) if self.layer.split else (TILE_A, TILE_B))

@@ -53,7 +53,7 @@ class Kernels:
     """The functions of the built library, for tensors: `kernels("fire", like, ...)`."""
 
     def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
+        self.library = library  # by ctypes
 
     def __call__(self, name, like, *arguments):
         """`like`: a tensor of the type to compute in, or None."""
@@ -202,7 +202,7 @@ class KernelLayer:
 
 def cells(rows, width):
     """Of a tile of one frame, with as wide a border as there can be."""
-    return (rows + 4) * (width + 4)
+    return (rows + 6) * (width + 6)
 
 
 def channels_last(x):

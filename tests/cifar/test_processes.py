@@ -93,6 +93,7 @@ def train(kind, backward, frozen):
     model = PreActResNet(basic, [1, 1, 1], [8, 12, 16], activation=activation, num_classes=5, dropout=0.0)
     model.backward, block = backward, model.layer2[0]
     block.bn1 = torch.nn.BatchNorm2d(block.bn1.num_features, affine=False)  # one without weight and bias
+    block.shortcut = torch.nn.Sequential(block.shortcut, torch.nn.BatchNorm2d(12, affine=False))
     for parameter in model.parameters():  # else the currents of silent channels are 0, the end of the clamp
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from torchvision.datasets import ImageFolder
 
+import utils.program
 import utils.training
 from cifar.program import get_parser, main
 from models import create_model
-from utils.cli import run_program
+from utils.cli import UserError, run_program
 from utils.program import build_model
 from utils.recipe import limit_steps
 from utils.statistics import published_name
@@ -285,6 +287,8 @@ MISTAKES = {
     "--resume {tmp}/classes.pth": "bn2.bias is [5] instead of [2]",
     "--checkpoint {tmp}/file/below": "--checkpoint",
     "--name a/b": "--name",
+    "--name 'a\tb'": "--name: characters in it that no line can show",
+    "--path '{tmp}/\u202eempty'": "--path: characters in it that no line can show",
     "--device cuda": "--device",
     "--device tpu": "--device",
     "--model preresnet.resnet20_ann --train-batch 1": "batch size",
@@ -397,6 +401,7 @@ def test_help_has_groups_and_leaves_the_presets_to_the_desk(capsys):
     assert [g.split()[0] for g in groups] == ["options", "data", "network", "recipe", "run", "engine"]
     assert "reproduce.py list" in " ".join(printed.split()) and "latency-if-t5" not in printed
     assert "(default: 20)" in printed and "(default: None)" not in printed
+    assert re.search(r"--save_every N .*?\(default: 0\)", printed, re.DOTALL)
 
 
 def test_command_line_before_preset_before_default():
@@ -482,9 +487,55 @@ def test_two_runs_of_one_name_are_refused(small):
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
 
+def test_a_run_that_went_on_meanwhile_is_not_overwritten(small, monkeypatch):
+    file, build = small("--epochs 1") / f"{STEM}.pth", utils.program.build_model
+
+    def build_while_another_run_saves(*args):
+        file.write_bytes(file.read_bytes())
+        return build(*args)
+
+    monkeypatch.setattr(utils.program, "build_model", build_while_another_run_saves)
+    with pytest.raises(SystemExit) as end:
+        small(f"--resume {STEM}.pth")
+    assert f"{file} was written by another run while this one started" in end.value.code
+
+
+def test_a_run_goes_on_whatever_the_language_of_its_folders(small, images, capsys):
+    photographs = images.with_name(
+        "写真\u3000集 \u200c\U0001f468\u200d\U0001f52c"
+    )  # spaces and joiners of Unicode
+    photographs.symlink_to(images)
+    for resume in ("", "--resume auto"):
+        small(f"--epochs 1 --path '{photographs}' {resume}")
+    printed = capsys.readouterr()
+    assert "resumed from" in printed.out and "afresh" not in printed.out and "damaged" not in printed.err
+
+
+def test_names_of_classes_may_be_numpys(small, monkeypatch):
+    find = ImageFolder.find_classes
+
+    def find_classes(*args):
+        names, numbers = find(*args)
+        return list(np.array(names)), numbers
+
+    monkeypatch.setattr(ImageFolder, "find_classes", find_classes)
+    folder = small("--epochs 1")
+    assert torch.load(folder / f"{STEM}.pth", weights_only=True)["classes"] == ["blue", "red"]
+
+
+def test_settings_that_make_no_network_get_one_line():
+    args = get_parser("", lr=0.1).parse([])
+    args.alpha = 2.0  # the parser would not take it, but a file may hold it
+    with pytest.raises(UserError, match=r"no network preresnet.resnet18_if .*alpha must lie in \(0, 1\]"):
+        build_model(args, 10, torch.device("cpu"), create_model)
+
+
 def test_a_run_says_from_which_other_it_went_on(small):
     first = small("--epochs 1") / f"{STEM}.pth"
     small(f"--resume {first}", out="other")
     folder = small(f"--resume {STEM}.pth --epochs 3", out="other")
+    assert json.loads((folder / f"{STEM}.json").read_text())["went_on_from"] == str(first)
+    itself = folder / ".." / folder.name / f"{STEM}.pth"  # the run's own, by another name
+    small(f"--resume {itself} --epochs 4", out="other")
     assert json.loads((folder / f"{STEM}.json").read_text())["went_on_from"] == str(first)
     assert json.loads((first.parent / f"{STEM}.json").read_text()).get("went_on_from") is None

@@ -13,6 +13,7 @@ from torch import nn
 from models import IFNeuron, LIFNeuron, create_model
 from models.blocks import basic
 from models.engines.dense import DenseEngine, Spikes, correlation, correlation_of_patches
+from models.functional import clamp_zones
 from models.layers import SpikingNetwork, spiking_layer
 from models.preresnet_imagenet import ImageNetPreActResNet
 from models.thresholds import draw
@@ -71,13 +72,13 @@ def zones(model, x):
 
     def watch(neuron, inputs, _):
         r = neuron.representation(inputs[0].unflatten(0, (neuron.timesteps, -1)))
-        inside, above = neuron.clamp_zones(r)
+        inside, above = clamp_zones(r, neuron.ceiling, neuron.closed)
         seen.add_(torch.stack([(~inside & ~above).sum(), inside.sum(), above.sum()]))
 
     watched = copy.deepcopy(model)
     watched.backward = "unrolled"
     for module in watched.modules():
-        if hasattr(module, "clamp_zones"):
+        if isinstance(module, (IFNeuron, LIFNeuron)):
             module.register_forward_hook(watch)
     watched(x)
     return seen
@@ -456,6 +457,13 @@ def test_compiled_loops(float64):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("settings", [dict(name="preresnet.resnet20_ann"), dict(backward="unrolled")])
+def test_without_collapsed_loops_none_are_compiled(settings):
+    model = create_model(**dict(name="preresnet.resnet20_if", timesteps=2) | settings)
+    with pytest.raises(RuntimeError, match="no loops"):
+        model.compile_loops()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_penalty_on_the_firing_rate_of_a_hidden_layer(kind, float64):
     """Its gradient is that of autograd through the unrolled network, whatever its weights."""
@@ -561,6 +569,16 @@ def test_a_map_of_the_image_trains_no_parameters():
         grads.append(model.bn.weight.grad.clone())
     torch.testing.assert_close(grads[1], grads[0])
     assert grads[0].any()
+
+
+def test_a_map_is_checked_again_when_its_parameters_train():
+    conv, x = nn.Conv2d(4, 4, 2, 2).requires_grad_(False), torch.randn(3, 3, 8, 8)
+    model = Mapped(conv, FLAT)
+    model(x).sum().backward()
+    assert model.conv.weight.grad.any() and conv.weight.grad is None
+    conv.requires_grad_(True)
+    with pytest.raises(ValueError, match="trains no parameters"):
+        model(x)
 
 
 def test_a_map_is_checked_in_the_mode_that_trains():

@@ -144,6 +144,20 @@ def test_tiles_beyond_what_16_bits_name(T, shape, float64):
     assert_engines_agree(layer, lambda engine, k: spike_train(T, 2, shape, 0.02, engine), atol)
 
 
+@pytest.mark.parametrize("engine", ["dense", "events"])
+def test_what_does_not_fit_is_refused(engine, float64):
+    """Channels or pixels of a sum that differ, or of a map and its input; shapes that a map does not take."""
+    spikes, neuron = spike_train(2, 3, (16, 8, 8), 0.3, choose_engine(engine, "cpu")[0]), NEURONS["if"](2)
+    conv, identity, flat = nn.Conv2d(16, 32, 3, padding=1), nn.Identity(), nn.Flatten(2)
+    narrow, strided = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2, 1)
+    for maps in ((conv, identity), (identity, conv), (strided, identity), (narrow,), (nn.Conv2d(16, 16, 9),)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="size of tensor|channels|Kernel size"):
+            spiking_layer([(linear, spikes) for linear in maps], None, neuron)
+    for linear, train in ((nn.Linear(8, 4), spikes), (conv, spikes.map(flat)), (identity, spikes.map(flat))):
+        with torch.no_grad(), pytest.raises(ValueError, match="a collapsed layer's .* takes .*, not"):
+            spiking_layer([(linear, train)], None, neuron)
+
+
 def test_a_train_denser_than_the_limit_goes_the_dense_way(float64):
     engine = choose_engine("auto", "cpu")[0]
     trains = [spike_train(3, 2, (16, 5, 5), density, engine) for density in (0.5, 0.05)]
@@ -184,16 +198,21 @@ def test_spikes_are_counted_and_given_in_parts(float64):
 
 
 def test_two_processes_build_once_and_without_a_compiler_the_dense_engine_runs(tmp_path):
-    code = "from models.engines.build import find_kernels; print(find_kernels())"
+    code = "from models.engines.build import find_kernels; library, why = find_kernels()"
+    code += "; print(library and library._name, why)"
     environment = dict(os.environ, TORCH_EXTENSIONS_DIR=str(tmp_path), DSR_MARCH="native")
     start = dict(cwd=Path(build.SOURCE).parents[2], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     lost = subprocess.run([sys.executable, "-c", code], env=dict(environment, CXX="/nowhere/c++"), **start)
-    assert "(None, 'no C++ compiler" in lost.stdout
+    assert "None no C++ compiler" in lost.stdout
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment, **start) for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert len({out for out, _ in outputs}) == 1 and ".so" in outputs[0][0]
     assert sum("building the event engine, once" in err for _, err in outputs) == 1
-    assert [path.name for path in tmp_path.rglob("*.so")] == ["dsr_events.so"]
+    (library,) = tmp_path.rglob("*.so")
+    assert library.name == "dsr_events.so"
+    library.write_bytes(b"built elsewhere")
+    lost = subprocess.run([sys.executable, "-c", code], env=environment, **start)
+    assert lost.stdout.startswith(f"None {library}: ")
 
 
 def test_types_that_the_kernels_do_not_know():
