@@ -137,7 +137,7 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, transfer=Fa
     checkpoint.make_folder(files.folder)
     with alone(files):
         newer = f"{files.checkpoint} was written by another run while this one started; start again"
-        require(files.age() == seen, newer)
+        require(distributed.broadcast(files.age() == seen), newer)
         start_thresholds(model.train(), fit_thresholds, data, args, resumed, device)
         run.train()
     for what in ("checkpoint", "best", "log", "curves", "arguments", "tensorboard"):
