@@ -263,7 +263,7 @@ def get_parser():
     parser.add_argument("--image_size", type=int, default=32, help="of other networks than vgg.*")
     for name in NEURONS:
         parser.add_argument(f"--{name}", type=float, help="if not the default of the model's program")
-    parser.add_argument("--weights", help="a checkpoint to measure, in place of a fresh network")
+    parser.add_argument("--weights", type=Path, help="a checkpoint to measure, in place of a fresh network")
     parser.add_argument("--images", help="a folder of classes to draw the batch from, in place of noise")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)

@@ -113,13 +113,7 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, transfer=Fa
         label = f", trained on {resumed['args']['trained_on']}" if "trained_on" in resumed["args"] else ""
         print(f"resumed from {source}: {resumed['epoch']} epochs{steps}{best}{label}")
     else:
-        if args.pre_train:
-            others = data.classes if transfer and not args.evaluate else None
-            path = checkpoint.find(args.pre_train, files.folder)
-            weights = foreign.load(path)["state_dict"]
-            checkpoint.load_weights(model, weights, path, optional=("Vth",), classes=others)
-        if getattr(args, "load_Vth", ""):
-            load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
+        start_from(args, files, model, data.classes if transfer and not args.evaluate else None)
     workers = min(args.workers, os.cpu_count() or args.workers)
     loading = dict(workers=workers, pin_memory=args.pin_memory and device.type == "cuda")
     test = test_loader(data.test, batch_size=args.test_batch, **loading)
@@ -219,6 +213,16 @@ def compare(args, resumed, source, fixed):
     if resumed["iteration"] and "train_batch" in differing:
         warn("the epoch that was under way starts again, since its batches differ")
         resumed["iteration"] = 0
+
+
+def start_from(args, files, model, classes):
+    """Copy the weights of --pre_train, for `classes` see `load_weights`, and the thresholds of --load_Vth."""
+    if args.pre_train:
+        path = checkpoint.find(args.pre_train, files.folder)
+        weights = foreign.load(path)["state_dict"]
+        checkpoint.load_weights(model, weights, path, optional=("Vth",), classes=classes)
+    if getattr(args, "load_Vth", ""):
+        load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
 
 
 def build_model(args, classes, device, create_model):
