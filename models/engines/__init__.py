@@ -8,7 +8,7 @@ from models.engines.dense import DenseEngine
 
 ENGINES = ("auto", "dense", "events")
 # Under "auto" denser spike trains go the dense way: up to here events are measured to be faster, at 41 %
-# by 1.4 (benchmarks/RESULTS.md).
+# by 1.7 (benchmarks/RESULTS.md).
 DENSE_FROM = 0.4
 
 
