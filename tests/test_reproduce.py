@@ -334,7 +334,7 @@ MISTAKES = {
     "publish {tmp}/snn.pth x": "--trained_on",
     "publish {tmp}/snn.pth x --trained_on y": "best_acc",
     "report {tmp}/snn.pth --path {tmp}/nowhere": "nowhere",
-    "report {tmp}/noise.pth": "unknown data set noise",
+    "report {tmp}/unknown.pth": "unknown data set nowhere",
     "table --checkpoint {tmp}/out": "x.json is damaged",
 }
 
@@ -346,8 +346,8 @@ def test_a_mistake_gets_one_line(flags, tmp_path, capsys):
     for kind in ("ann", "snn"):
         args = dict(model=f"preresnet.resnet20_{kind.replace('snn', 'if')}", dataset="imagefolder")
         torch.save(dict(epoch=1, state_dict={}, args=args), tmp_path / f"{kind}.pth")
-    args = dict(args, dataset="noise", timesteps=2)
-    torch.save(dict(epoch=1, state_dict={}, args=args), tmp_path / "noise.pth")
+    args = dict(args, dataset="nowhere", timesteps=2)
+    torch.save(dict(epoch=1, state_dict={}, args=args), tmp_path / "unknown.pth")
     (tmp_path / "out" / "cifar10").mkdir(parents=True)
     (tmp_path / "out" / "cifar10" / "x.json").write_text('["no arguments"]')
     with pytest.raises(SystemExit) as end:
