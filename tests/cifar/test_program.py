@@ -501,9 +501,7 @@ def test_a_run_that_went_on_meanwhile_is_not_overwritten(small, monkeypatch):
 
 
 def test_a_run_goes_on_whatever_the_language_of_its_folders(small, images, capsys):
-    photographs = images.with_name(
-        "写真\u3000集 \u200c\U0001f468\u200d\U0001f52c"
-    )  # spaces and joiners of Unicode
+    photographs = images.with_name("写真\u3000集 \u200c\U0001f468\u200d\U0001f52c")  # spaces, joiners
     photographs.symlink_to(images)
     for resume in ("", "--resume auto"):
         small(f"--epochs 1 --path '{photographs}' {resume}")
