@@ -7,11 +7,11 @@ import sys
 import time
 import traceback
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed import run
-from torch.distributed.launcher import elastic_launch
 
 
 def fork(action, output, **environment):
@@ -77,24 +77,13 @@ def side_by_side(actions, folder):
     return results
 
 
-def torchrun(flags, action, output):
-    """torchrun in a forked process, with workers forked from it that call `action`. -> its id
+def torchrun(argv, output):
+    """torchrun in a forked process. -> its id
 
-    The launcher is torch's own but for the way in which it starts its workers.
+    Its workers are programs that it starts, not forks: its store answers the first of them in a thread of its
+    own meanwhile, whose locks a fork would inherit, and wait for.
     """
-
-    def work(*_command):
-        action()
-
-    def forked(config, entrypoint):
-        config.start_method = "fork"
-        return elastic_launch(config, work)
-
-    def launch():
-        run.elastic_launch = forked  # in this process alone
-        run.main([*flags, "program"])
-
-    return fork(launch, output)
+    return fork(partial(run.main, argv), output)
 
 
 def free_port():

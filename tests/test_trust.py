@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -246,9 +245,8 @@ def test_a_second_ctrl_c_ends_the_program(images, tmp_path):
 def test_sigterm_to_two_processes(images, tmp_path):
     """As a scheduler sends it: to the launcher, which hands it on."""
     argv = shlex.split(f"{SMALL} --epochs 500 --path {images} --checkpoint {tmp_path}")
-    several = partial(cifar.program.main, description="", lr=0.05, processes=True)
-    action = partial(run_program, several, argv)
-    launched = torchrun(["--standalone", "--nproc_per_node", "2"], action, tmp_path / "output")
+    command = ["--nproc_per_node", "2", str(ROOT / "cifar" / "main_multiple_gpus.py"), *argv]
+    launched = torchrun(["--standalone", *command], tmp_path / "output")
     file = files_of(tmp_path).checkpoint
     until(file.exists, 60)
     workers = chaos.family(launched)[1:]

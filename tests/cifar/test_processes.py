@@ -59,7 +59,7 @@ def script(argv):
 def torchrun_script(n, argv, folder):
     """torchrun with n processes that run the script. -> what was printed"""
     flags = ["--nproc_per_node", str(n), "--master_port", str(free_port())]
-    status = ended(torchrun(flags, partial(script, argv), folder / "printed"), 300)
+    status = ended(torchrun([*flags, PROGRAM, *argv], folder / "printed"), 300)
     printed = (folder / "printed").read_text()
     assert status == 0, printed
     return printed
@@ -185,8 +185,8 @@ def test_two_machines_train_as_one(data, tmp_path):
     """Two launchers that meet on the loopback interface, one process each, against two without one."""
     meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "a"]
     meet += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
-    action = partial(program, [*data, *SMALL, "-c", str(tmp_path / "two")])
-    nodes = [torchrun(meet, action, tmp_path / f"printed_{node}") for node in range(2)]
+    command = [*meet, PROGRAM, *data, *SMALL, "-c", str(tmp_path / "two")]
+    nodes = [torchrun(command, tmp_path / f"printed_{node}") for node in range(2)]
     assert [ended(node, 300) for node in nodes] == [0, 0]
     run(2, [*data, *SMALL, "-c", str(tmp_path / "one")], tmp_path)
     two, one = load(tmp_path / "two")["state_dict"], load(tmp_path / "one")["state_dict"]
@@ -207,7 +207,7 @@ def test_a_killed_process(data, tmp_path):
     """With a restart the run goes on by itself. Without one left the others end within a minute."""
     flags = [*data, *SMALL, "--epochs", "6", "--resume", "auto", "-c", str(tmp_path / "out")]
     restarts = ["--nproc_per_node", "2", "--master_port", str(free_port()), "--max-restarts", "1"]
-    launched = torchrun(restarts, partial(program, flags), tmp_path / "printed")
+    launched = torchrun([*restarts, PROGRAM, *flags], tmp_path / "printed")
     kill_one(tmp_path / "out", 1, launched)
     killed = kill_one(tmp_path / "out", 3, launched)
     assert ended(launched, 100) != 0 and time.monotonic() - killed < 60
@@ -233,8 +233,8 @@ def test_mistakes_get_one_line_from_rank_0(data, tmp_path):
         results = side_by_side([partial(program, [*argv, *flags.split()])] * 2, tmp_path)
         check_mistake(*results[0], expected)
         assert "Traceback" not in results[1][1]  # of the one that waits for the first
-    action, printed = partial(program, [*argv, "--train-batch", "3"]), tmp_path / "printed"
-    status = ended(torchrun(["--standalone", "--nproc_per_node", "2"], action, printed))
+    command, printed = [PROGRAM, *argv, "--train-batch", "3"], tmp_path / "printed"
+    status = ended(torchrun(["--standalone", "--nproc_per_node", "2", *command], printed), 100)
     check_mistake(status, printed.read_text(), "total of 2 processes")
     assert "[rank1]" not in printed.read_text()
     assert not (tmp_path / "out").exists()

@@ -144,10 +144,10 @@ def test_torchrun_and_two_machines_count_every_image_once(home, tmp_path, monkey
     expected = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"test: loss [\d.]+, top-1 [\d.]+ %, top-5 [\d.]+ %", expected)
     printed = [tmp_path / name for name in ("torchrun", "first", "second")]
-    action = partial(run_program, main, [*flags, "--dist-url", "env://"])
+    command = ["--standalone", "--nproc_per_node", "1", MAIN, *flags, "--dist-url", "env://"]
     meet = [*flags, "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--world-size", "2", "--dist-backend"]
     meet += ["gloo", "--rank"]
-    launched = [torchrun(["--standalone", "--nproc_per_node", "1"], action, printed[0])]
+    launched = [torchrun(command, printed[0])]
     nodes = zip(("0", "1"), printed[1:])
     launched += [fork(partial(run_program, main, [*meet, rank]), output) for rank, output in nodes]
     assert [ended(pid, 200) for pid in launched] == [0, 0, 0]
