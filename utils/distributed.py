@@ -29,6 +29,9 @@ def join(device, backend=None):
         return device
     if device.type == "cuda":
         local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if device.index is not None and backend != "gloo" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            warn(f"{device} serves one process: of several on a machine each takes a GPU of its own")
+            device = torch.device("cuda")
         if device.index is None and local >= found:
             text = f"process {local} of this machine has no GPU of its own ({found} found); start fewer"
             raise UserError(text)
