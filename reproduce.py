@@ -40,8 +40,6 @@ ROWS = cifar.ROWS | imagenet.ROWS
 # A row may stand in several tables, as T=20 does: what has the same flags is run once, by its first name.
 FIRST = {row: next(r for r in ROWS if ROWS[r].flags == preset.flags) for row, preset in ROWS.items()}
 CURVES = "docs/curves.png"  # beside RESULTS.md
-# 0.409 s for 8 images at T=20 through a ResNet-18 of 0.48 GMAC (read-me): days for 10^15 of them on 2 cores.
-DAYS = 0.409 / (8 * 20 * 0.48e9) * 1e15 / 86400
 
 
 def departures(row, args):
@@ -74,7 +72,7 @@ def plan(row, seed, flags):
     parse, argv = program.get_parser().parse, ["--preset", row, *flags]
     for flag in ("--preset", "--name", "--resume", program.SEED_FLAG, "--evaluate", "-e"):
         given = any(word.partition("=")[0] == flag for word in flags)
-        require(not given, f"{flag} is not for `run`, which sets it; start {program.SCRIPT} itself")
+        require(not given, f"{flag} is not for `run`, which trains and names; start {program.SCRIPT} itself")
     published, given = parse(argv[:2]), parse(argv)
     argv += [program.SEED_FLAG, str(seed), "--resume", "auto"]
     argv += ["--name", ("_" if program is cifar else "") + name_of(row, seed, flags)]
@@ -125,15 +123,17 @@ def list_rows(options):
     found = find_runs(options.checkpoint)
     print(f"{'row':32}{'paper':14}{'PMAC':>9}{'days on 2 cores':>17}  measured so far (n seeds)")
     for row, preset in ROWS.items():
+        args = PROGRAMS[row].get_parser().parse(["--preset", row])
+        T = args.timesteps if NETWORKS[args.model].kind != "ann" else 1
         measured = [
             f"{results.last_accuracy(outcomes)} (n={len(outcomes)}{', ' * bool(text)}{text})"
             for (name, text), outcomes in found.items()
             if name == FIRST[row]
         ]
-        cost = f"{preset.cost:>9}{DAYS * float(preset.cost):17.3g}"
+        cost = f"{preset.cost:>9}{results.days(float(preset.cost), T):17.3g}"
         print(f"{row:32}{preset.paper:14}{cost}  {' | '.join(measured) or '-'}")
-    print("PMAC: 10^15 multiply-accumulates in the forward passes of training. Days: at the speed of the")
-    print(f"read-me's ResNet-18 on a CPU. Presets that are no rows: {', '.join(cifar.OTHERS)}")
+    print("PMAC: 10^15 multiply-accumulates in the forward passes of training. Days: if they take as long as")
+    print(f"in the read-me's ResNet-18 LIF. Presets that are no rows: {', '.join(cifar.OTHERS)}")
 
 
 def report_checkpoint(options):
@@ -210,7 +210,7 @@ def draw_curves(options):
     wanted = options.runs or [""]
     chosen = [outcome for stem, outcome in runs if any(text in stem for text in wanted)]
     require(chosen, f"no run below {options.checkpoint} has finished an epoch; start one by `run`")
-    checkpoint.save(chosen, options.out, write=curves.draw)
+    checkpoint.save(curves.plot(chosen), options.out, write=lambda plot, file: plot.savefig(file, dpi=120))
     print(f"picture: {options.out}")
 
 

@@ -104,7 +104,6 @@ def main(argv=None):
     if args.calculate_Vth:
         calculate_thresholds(args, files.folder, device)
         return
-
     own = dict(create_model=create_model, fit_thresholds=fit_thresholds)
     run(args, files=files, device=device, fixed=parser.fixed, **own)
     distributed.leave()

@@ -17,8 +17,8 @@ map's weight for input s and output gradient y, and m^k the time mean of s^k, it
 
     dL/dW_k = T*corr(m^k, A) + c*Q_k,    Q_k = sum_t corr(s^k_t, y_t)
 
-and the layer below receives L_k^T(A + c*repr(y)). Eval-mode batch norm: m1 = m2 = 0. Without Q this is an
-approximation: dL/dW_k = T*corr(m^k, A + c*mean_t(y)), the rate-based gradient.
+and the layer below receives L_k^T(A + c*repr(y)), if its repr() has the same weights. Eval-mode batch norm:
+m1 = m2 = 0. Without Q this is an approximation: dL/dW_k = T*corr(m^k, A + c*mean_t(y)), the rate-based one.
 
 A batch norm inside a branch (ImageNet's `downsample`), y_t = ... + gamma_d*yhat^d_t + beta_d with
 y^d_t = L_d(s_t), makes the branch a linear map of the weight a_d*W_d, a_d = gamma_d/sigma_d: so the forward
@@ -40,7 +40,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from models.engines.interface import Branch, affine
+from models.engines.interface import Branch, affine, calls
 from models.functional import Clamp, along_channels, per_channel
 from models.records import BranchRecord, InnerRecord, PerBranch, Record, per_branch, stow, unstow
 from models.synchronized import means, normalization
@@ -88,7 +88,7 @@ class CollapsedLayer(torch.autograd.Function):
         inputs, needs = per_branch(inputs), per_branch(ctx.needs_input_grad[4:])
         neuron, engine = layer.neuron, layer.first.engine
         frozen = layer.bn is None or not layer.bn.training
-        inner = [inner_norm(layer, *branch, need) for branch, need in zip(layer.branches, needs)]
+        inner = [inner_norm(layer, *branch) for branch in zip(layer.branches, inputs, needs)]
         folded = [
             Branch(linear, *fold(x, own and own.norm), train)
             for (linear, _, train), x, own in zip(layer.branches, inputs, inner)
@@ -171,7 +171,7 @@ class LayerGradient:
         if need.weight:
             constant = self.parts[0] if branch.Q is not None else self.at(self.record.y_mean, times=self.T)
             Qs = [] if branch.Q is None else [(self.c, branch.Q)]
-            grads["weight"] = self.engine.weight_gradient(linear, branch.mean, constant, Qs)
+            grads["weight"] = self.engine.weight_gradient(linear, branch.weight, branch.mean, constant, Qs)
         if need.bias:
             grads["bias"] = self.sum
         return PerBranch(**grads)
@@ -201,27 +201,28 @@ def behind_inner_norm(layer, branch, need):
         y = 0 if branch.Q is not None else y_mean
         y_d = 0 if own.Q is not None else own.y_mean
         Qs = [(c, Q) for c, Q in ((c_y, branch.Q), (c_d, own.Q)) if Q is not None]
-        grads["weight"] = engine.weight_gradient(branch.linear, branch.mean, T * at(y, y_d), Qs)
+        constant, linear = T * at(y, y_d), branch.linear
+        grads["weight"] = engine.weight_gradient(linear, branch.weight, branch.mean, constant, Qs)
     if need.bias:
         grads["bias"] = T * per_channel(at(y_mean, own.y_mean))
     return PerBranch(**grads)
 
 
-def inner_norm(layer, linear, inner, train, need):
+def inner_norm(layer, branch, x, need):
     """Let the batch norm inside a branch see the branch's own currents. -> InnerRecord, None without one."""
+    linear, inner, train = branch
     if inner is None:
         return None
-    weight, bias = affine(linear)
     seen = None
     if inner.training:
-        currents = layer.first.engine.currents(
-            [Branch(linear, weight, bias, train)], layer.neuron, layer.dtype
-        )
+        own = Branch(linear, x.weight, x.bias, train)
+        currents = layer.first.engine.currents([own], layer.neuron, layer.dtype)
         seen = currents.observe([layer.needed and wants_Q(layer, linear, need)])
     norm = normalization(inner, seen, *affine(inner), like=layer.neuron.Vth)
     if not layer.needed:
         return InnerRecord(norm, None, None, None, None)
-    y_mean, y_repr = linear(train.mean), linear(train.representation)
+    apply = nn.functional.linear if isinstance(linear, nn.Linear) else linear._conv_forward
+    y_mean, y_repr = (apply(m, x.weight, x.bias) for m in (train.mean, train.representation))
     cross = torch.zeros_like(norm.mu)  # matters only where c is not 0, and is computed there
     return InnerRecord(norm, y_mean, y_repr, cross, seen and seen.Qs[0])
 
@@ -253,6 +254,7 @@ def split(linear, train):
     """
     linear, inner = linear if isinstance(linear, nn.Sequential) and len(linear) == 2 else (linear, None)
     known = isinstance(linear, (nn.Conv2d, nn.Linear) if inner else (nn.Conv2d, nn.Linear, nn.Identity))
+    known = known and calls(linear, nn.Conv2d, nn.Linear, nn.Identity)
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
     if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
         allowed = "Conv2d padded by a number of zeros or Linear, alone or before a batch norm, or Identity"

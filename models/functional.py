@@ -16,8 +16,8 @@ def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
 
     scale and shift fold kappa and the batch norm x_t = a*y_t + b: kappa*a and kappa*b, with (lam, kappa) the
     neuron's `leak`. firing_point = alpha*Vth.
-    steps: the y_t, T tensors (B, ...), or one for all; spikes: T tensors of that shape to write the s_t to,
-    which may be the y_t.
+    steps: the y_t, T tensors of one shape, or one for all; spikes: T such tensors to write the s_t to, which
+    may be the y_t. scale, shift: one number, or one for each channel, which are the last dimension then.
     Returns for every w of `weights`, T numbers each, the pair (sum_t w_t*y_t, sum_t w_t*s_t).
     """
     potential = torch.zeros_like(spikes[0], dtype=scale.dtype)

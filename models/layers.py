@@ -14,6 +14,7 @@ from torch import nn
 from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
+from models.neurons import Neuron, ReLU
 from models.synchronized import synchronize
 from models.trains import DROPOUTS, SpikeTrain
 
@@ -27,7 +28,11 @@ def spiking_layer(branches, bn, neuron):
         if train.timesteps != T:
             raise ValueError(f"a train of {train.timesteps} time steps meets a neuron layer of {T}")
     if not first.unrolled:
-        spikes, mean, representation = collapsed_layer(branches, bn, neuron)
+        still = all(train.static for _, train in branches)
+        branches = [(linear, train.completed(still)) for linear, train in branches]
+        # under torch.compile of the network, which does not see through it
+        run = torch.compiler.disable(collapsed_layer) if torch.compiler.is_compiling() else collapsed_layer
+        spikes, mean, representation = run(branches, bn, neuron)
         amplitude = neuron.amplitude.detach().clone()
         parts = dict(amplitude=amplitude, mean=mean, representation=representation, neuron=neuron)
         return SpikeTrain(spikes, T, first.backward, first.engine, **parts)
@@ -57,7 +62,7 @@ class SpikingNetwork(nn.Module):
     @property
     def _neuron(self):
         """One of the neuron layers (of an ANN, the ReLUs), which have the same T and precision."""
-        return next(module for module in self.modules() if hasattr(module, "decode"))
+        return next(module for module in self.modules() if isinstance(module, (Neuron, ReLU)))
 
     @property
     def timesteps(self):
@@ -106,11 +111,13 @@ class SpikingNetwork(nn.Module):
         return SpikeTrain(frames, T, self.backward, engine, None, mean, mean, static)
 
     def collapsible(self, x):
-        """Whether the backward pass need not unroll time; for the gradient of x or a mask a step it must."""
+        """Whether the backward pass need not unroll time; for the gradient of x, say, it must."""
         if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
             return False
         drops = [m for m in self.modules() if isinstance(m, DROPOUTS) and m.training and m.p]
-        if all(getattr(drop, "shared", False) for drop in drops):
-            return True
-        warnings.warn("dropout with a mask a time step: the backward pass unrolls time", stacklevel=2)
-        return False
+        leaks = {str(m.weights) for m in self.modules() if isinstance(m, Neuron)}
+        reasons = ["dropout with a mask a time step"] * any(not getattr(d, "shared", False) for d in drops)
+        reasons += ["neurons of different leaks"] * (torch.is_grad_enabled() and len(leaks) > 1)
+        if reasons:
+            warnings.warn(f"{' and '.join(reasons)}: the backward pass unrolls time", stacklevel=2)
+        return not reasons

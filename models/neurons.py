@@ -95,7 +95,7 @@ class Neuron(nn.Module):
     def register_spike_hook(self, hook):
         """Have `hook(spikes)` called in every forward pass; -> a handle whose `remove()` ends that.
 
-        spikes: what an engine emits, with `shape` (T*B, ...), `count()` and `dense()`.
+        spikes: `shape` (T*B, ...), `count()`, and `dense()`: 1 (unrolled: the amplitude) for a spike, else 0.
         """
         handle = RemovableHandle(self._spike_hooks)
         self._spike_hooks[handle.id] = hook
@@ -159,12 +159,14 @@ class LIFNeuron(Neuron):
 
     time_constants = ("tau", "delta_t")
     closed = False
+    leak = property(lambda self: functional.leak(self.tau, self.delta_t))
+    unit = property(lambda self: self.delta_t)
+    gain = property(lambda self: 1 / self.tau)
 
     def __init__(self, *, tau=DEFAULTS["tau"], delta_t=DEFAULTS["delta_t"], **settings):
         super().__init__(**settings)
         check_settings(tau=tau, delta_t=delta_t)
         self.tau, self.delta_t = tau, delta_t
-        self.leak, self.unit, self.gain = functional.leak(tau, delta_t), delta_t, 1 / tau
 
     @property
     def weights(self):

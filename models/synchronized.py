@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from models.engines.interface import calls
 from models.records import Norm
 
 
@@ -38,8 +39,9 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 def track(bn, mean, var, n):
     """Bring running statistics up to date; n: how many values the mean and the variance are of."""
     bn.num_batches_tracked += 1
-    bn.running_mean.lerp_(mean, bn.momentum)
-    bn.running_var.lerp_(var * (n / (n - 1)), bn.momentum)
+    momentum = 1 / bn.num_batches_tracked.to(mean) if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean, momentum)
+    bn.running_var.lerp_(var * (n / (n - 1)), momentum)
 
 
 class Total(torch.autograd.Function):
@@ -68,10 +70,11 @@ def normalization(bn, seen, gamma, beta, like):
     if bn is None:
         zero, one = torch.zeros_like(like).view(1), torch.ones_like(like).view(1)
         return Norm(zero, one, one, zero, zero, None, frozen=True)
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-        raise TypeError(f'no collapsed layer with {bn}: a batch norm or None; else backward = "unrolled"')
-    if bn.running_mean is None or bn.momentum is None:
-        raise ValueError(f"no collapsed layer with {bn}: it needs running statistics and a momentum")
+    if not calls(bn, nn.modules.batchnorm._BatchNorm, SynchronizedBatchNorm):
+        allowed = "a batch norm, `network.synchronize()` for that of all processes, or None"
+        raise TypeError(f'no collapsed layer with {bn}: {allowed}; else backward = "unrolled"')
+    if bn.running_mean is None:
+        raise ValueError(f"no collapsed layer with {bn}: it needs running statistics")
     if seen is None:
         mu, var = bn.running_mean.clone(), bn.running_var
     else:

@@ -63,6 +63,18 @@ class SpikeTrain:
             return self.values().unflatten(0, (self.timesteps, -1)).mean(0)
         return Read.apply(self.mean, self.representation, 1 / self.timesteps)
 
+    def completed(self, static):
+        """As a collapsed layer takes it: with a mean, even from under no_grad; T copies unless `static`."""
+        train = self
+        if self.mean is None and torch.is_grad_enabled():
+            mean = self.rate()
+            train = replace(self, mean=mean, representation=mean)  # of which only the shape counts
+        if self.static and not static:  # a still image beside spikes
+            frames = self.spikes.dense()
+            copies = frames.repeat(self.timesteps, *[1] * (frames.dim() - 1))
+            train = replace(train, static=False, spikes=Spikes(copies))
+        return train
+
     def decode(self):
         """The representation of the values, (B, ...), differentiable: of the last layer, the logits."""
         if self.representation is None:  # unrolled, or nothing to differentiate

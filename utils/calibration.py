@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.cli import UserError
+from utils.cli import require
 from utils.foreign import read_thresholds
 from utils.statistics import neuron_layers, threshold_name
 
@@ -36,7 +36,6 @@ def calibrate(model, batches, samples, fraction=0.999):
 def load_thresholds(model, path):
     """Start every neuron layer at the value of a threshold file: an IF at it, a LIF at it times delta_t."""
     neurons = {threshold_name(name): neuron for name, neuron in neuron_layers(model)}
-    if not neurons:
-        raise UserError(f"an ANN takes no thresholds, such as those in {path}; choose an SNN")
+    require(neurons, f"an ANN takes no thresholds, such as those in {path}; choose an SNN")
     for name, value in read_thresholds(path, list(neurons)).items():
         neurons[name].Vth.data.fill_(value * getattr(neurons[name], "delta_t", 1))

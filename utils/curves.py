@@ -37,8 +37,3 @@ def plot(outcomes):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
     return figure
-
-
-def draw(outcomes, file):
-    """Write the PNG."""
-    plot(outcomes).savefig(file, format="png", dpi=120)

@@ -48,8 +48,8 @@ class DenseEngine:
     def clamped(self, clamp, g):
         return Clamped(clamp, g)
 
-    def weight_gradient(self, linear, x, grad, scaled_Qs):
-        gradient = correlation(linear, x, grad)
+    def weight_gradient(self, linear, weight, x, grad, scaled_Qs):
+        gradient = correlation(linear, weight, x, grad)
         for c, Q in scaled_Qs:
             gradient.addcmul_(c.view(-1, *[1] * (Q.dim() - 1)), Q)
         return gradient
@@ -107,7 +107,7 @@ class Currents:
         """sum_t corr(values_t, y_t)."""
         dtype = self.dtype if isinstance(branch.linear, nn.Conv2d) else self.neuron.Vth.dtype
         x, y = branch.train.spikes.dense(dtype), self.y.to(dtype)
-        Q = correlation(branch.linear, x, y).to(self.neuron.Vth.dtype)
+        Q = correlation(branch.linear, branch.weight, x, y).to(self.neuron.Vth.dtype)
         return Q if branch.train.amplitude is None else Q * branch.train.amplitude
 
     def fire(self, scale, shift, needed):
@@ -173,6 +173,8 @@ def charge(y, branch, dtype):
         conv, bias = branch.linear, None if branch.bias is None else branch.bias.to(dtype)
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         current = F.conv2d(spikes.dense(dtype), weight.to(dtype), bias, *geometry)
+    if y is not None and y.shape != current.shape:
+        raise ValueError(f"branches that give {tuple(y.shape)} and {tuple(current.shape)} do not add up")
     return current if y is None else y.add_(current)
 
 
@@ -181,7 +183,7 @@ def convolution_backward(conv, weight, x, grad, mask, stride):
     return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
 
 
-def correlation(linear, x, grad):
+def correlation(linear, weight, x, grad):
     """The gradient of the map's weight for input x and output gradient `grad`."""
     if isinstance(linear, nn.Linear):
         return grad.t() @ x
@@ -189,16 +191,16 @@ def correlation(linear, x, grad):
     if linear.kernel_size == (1, 1) and linear.padding == (0, 0):
         # Only these pixels count. Given all of less than 8 channels, oneDNN on AVX2 corrupts the memory.
         x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
-    if prefers_patches(linear, x):
+    if prefers_patches(linear, weight, x):
         return correlation_of_patches(linear, x, grad, stride)
-    like = torch.empty_like(linear.weight, dtype=x.dtype)  # only its shape counts
+    like = torch.empty_like(weight, dtype=x.dtype)  # only its shape counts
     return convolution_backward(linear, like, x, grad, [False, True, False], stride)[1]
 
 
-def prefers_patches(conv, x):
+def prefers_patches(conv, weight, x):
     """With AVX2 and no AVX-512, products of matrices beat oneDNN's kernel, unless they are small."""
     plain = conv.groups == 1 and conv.dilation == (1, 1) and x.dtype.itemsize >= 4
-    if not plain or conv.weight.numel() < 2**15 or x.device.type != "cpu":
+    if not plain or weight.numel() < 2**15 or x.device.type != "cpu":
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 

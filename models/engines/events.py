@@ -80,17 +80,17 @@ class EventEngine(dense.DenseEngine):
             return False
         if branch.weight is None:
             return True
-        return branch.weight.shape[1] == spikes.channels and is_plain(branch.linear, spikes.width)
+        fits = branch.weight.shape[1] == spikes.channels
+        return fits and is_plain(branch.linear, branch.weight, spikes.width)
 
     def clamped(self, clamp, g):
         return Clamped(self.kernels, clamp, g)
 
-    def weight_gradient(self, linear, x, grad, scaled_Qs):
+    def weight_gradient(self, linear, weight, x, grad, scaled_Qs):
         """By events too, as most neurons never fire: pass A of a layer whose currents are `grad`."""
-        weight = linear.weight
-        if not self.suits(linear, x, grad, scaled_Qs):
+        if not self.suits(linear, weight, x, grad, scaled_Qs):
             scaled_Qs = [(c, self.unpacked(Q, weight.shape)) for c, Q in scaled_Qs]
-            return super().weight_gradient(linear, x, grad, scaled_Qs)
+            return super().weight_gradient(linear, weight, x, grad, scaled_Qs)
         inputs, outputs = whole_words(x), whole_words(grad)
         layer = KernelLayer(self.kernels, outputs.shape, 1, [weight], outputs)
         Q = self.sum_of(scaled_Qs, layer)
@@ -102,13 +102,13 @@ class EventEngine(dense.DenseEngine):
         layer.sums()
         return PackedQ(Q).unpacked(weight.shape)
 
-    def suits(self, linear, x, grad, scaled_Qs):
+    def suits(self, linear, weight, x, grad, scaled_Qs):
         """Whether the kernels take, and are worth, a weight's gradient: all Q must have come in one form."""
-        if not isinstance(linear, nn.Conv2d) or len(linear.weight) < FEW:
+        if not isinstance(linear, nn.Conv2d) or len(weight) < FEW:
             return False
         forms = {Q.blocks.shape if isinstance(Q, PackedQ) else None for _, Q in scaled_Qs}
         fits = cells(*grad.shape[2:]) <= CELLS
-        return fits and len(forms) < 2 and None not in forms and is_plain(linear, x.shape[-1])
+        return fits and len(forms) < 2 and None not in forms and is_plain(linear, weight, x.shape[-1])
 
     def sum_of(self, scaled_Qs, layer):
         """sum c*Q in the form in which a weight's gradient is added to it, or None."""
@@ -181,7 +181,7 @@ class StoredCurrents(dense.Currents):
 
 
 class Currents:
-    """A layer's currents from its spikes, computed when they are needed, and not kept."""
+    """A layer's currents from its spikes, computed when they are needed, and kept where `keep` says so."""
 
     def __init__(self, engine, branches, neuron):
         self.branches, self.neuron, like = branches, neuron, neuron.Vth.detach()

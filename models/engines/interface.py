@@ -9,7 +9,8 @@
                                          the g above the ceiling
         .affine(a, d, c, sequence)       -> a*G + d + c*sequence, (B, ...); a*G + d if the sequence is None
         .parts(a, d, c, sequence, n)     -> n*(a*G + d), and a*G + d + c*sequence
-    weight_gradient(linear, x, g, Qs)    -> the gradient of the map's weight for input x and output gradient
+    weight_gradient(linear, weight, x, g, Qs)
+                                         -> the gradient of the map's weight for input x and output gradient
                                          g, (B, ...), plus c*Q for each (c, Q)
     transpose(linear, weight, g, like)   -> the gradient of the map's input, of the shape of `like`;
                                          weight None: the identity
@@ -57,6 +58,15 @@ class Moments:
     y_repr: torch.Tensor
     mean: torch.Tensor
     representation: torch.Tensor
+
+
+def calls(module, *kinds):
+    """Whether a call of the module is that of one of these kinds: no forward of its own, no hook before it.
+
+    By such hooks the older weight norm, spectral norm and pruning make the weight.
+    """
+    own = getattr(module.forward, "__func__", None)
+    return own in [kind.forward for kind in kinds] and not module._forward_pre_hooks
 
 
 def affine(module):

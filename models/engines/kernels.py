@@ -213,7 +213,7 @@ def channels_last(x):
 def whole_words(x):
     """(B, C, H, W), or (B, C) -> contiguous (B, H, W, C), C filled up by zeros to whole words."""
     x = channels_last(x)
-    return filled_up(x.view(len(x), *x.shape[1:-1] or (1, 1), -1), -(-x.shape[-1] // WORD) * WORD)
+    return filled_up(x.view(len(x), *x.shape[1:-1] or (1, 1), x.shape[-1]), -(-x.shape[-1] // WORD) * WORD)
 
 
 def filled_up(x, channels):
@@ -228,12 +228,12 @@ def geometry(linear):
     return ((0, 0) if linear is None or isinstance(linear, nn.Identity) else (1, 1)), (1, 1), (0, 0)
 
 
-def is_plain(linear, width):
+def is_plain(linear, weight, width):
     """Whether the kernels take the map: square, three outputs a row for a spike, rows of 16 bits."""
     if isinstance(linear, nn.Conv2d) and (linear.groups != 1 or linear.dilation != (1, 1)):
         return False
     kernel, stride, padding = geometry(linear)
     if any(a != b for a, b in (kernel, stride, padding)):
         return False
-    channels = -(-linear.weight.shape[1] // WORD) * WORD
+    channels = -(-weight.shape[1] // WORD) * WORD
     return math.prod(kernel) * channels < 2**16 and width * channels <= 2**16 and kernel[0] <= 3 * stride[0]
