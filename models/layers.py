@@ -115,7 +115,7 @@ class SpikingNetwork(nn.Module):
         if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
             return False
         drops = [m for m in self.modules() if isinstance(m, DROPOUTS) and m.training and m.p]
-        leaks = {str(m.weights) for m in self.modules() if isinstance(m, Neuron)}
+        leaks = {tuple(m.weights or ()) for m in self.modules() if isinstance(m, Neuron)}
         reasons = ["dropout with a mask a time step"] * any(not getattr(d, "shared", False) for d in drops)
         reasons += ["neurons of different leaks"] * (torch.is_grad_enabled() and len(leaks) > 1)
         if reasons:
