@@ -218,7 +218,7 @@ def inner_norm(layer, branch, x, need):
         own = Branch(linear, x.weight, x.bias, train)
         currents = layer.first.engine.currents([own], layer.neuron, layer.dtype)
         seen = currents.observe([layer.needed and wants_Q(layer, linear, need)])
-    norm = normalization(inner, seen, *affine(inner), like=layer.neuron.Vth)
+    norm = normalization(inner, seen, x.gamma, x.beta, like=layer.neuron.Vth)
     if not layer.needed:
         return InnerRecord(norm, None, None, None, None)
     apply = nn.functional.linear if isinstance(linear, nn.Linear) else linear._conv_forward
@@ -252,7 +252,8 @@ def split(linear, train):
 
     TypeError for a map of another kind, ValueError for a train of a shape that it does not take.
     """
-    linear, inner = linear if isinstance(linear, nn.Sequential) and len(linear) == 2 else (linear, None)
+    pair = isinstance(linear, nn.Sequential) and len(linear) == 2 and calls(linear, nn.Sequential)
+    linear, inner = linear if pair else (linear, None)
     known = isinstance(linear, (nn.Conv2d, nn.Linear) if inner else (nn.Conv2d, nn.Linear, nn.Identity))
     known = known and calls(linear, nn.Conv2d, nn.Linear, nn.Identity)
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"

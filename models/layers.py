@@ -14,7 +14,7 @@ from torch import nn
 from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
-from models.neurons import Neuron, ReLU
+from models.neurons import Neuron
 from models.synchronized import synchronize
 from models.trains import DROPOUTS, SpikeTrain
 
@@ -30,7 +30,7 @@ def spiking_layer(branches, bn, neuron):
     if not first.unrolled:
         still = all(train.static for _, train in branches)
         branches = [(linear, train.completed(still)) for linear, train in branches]
-        # under torch.compile of the network, which does not see through it
+        # not seen through by torch.compile of the network
         run = torch.compiler.disable(collapsed_layer) if torch.compiler.is_compiling() else collapsed_layer
         spikes, mean, representation = run(branches, bn, neuron)
         amplitude = neuron.amplitude.detach().clone()
@@ -61,8 +61,9 @@ class SpikingNetwork(nn.Module):
 
     @property
     def _neuron(self):
-        """One of the neuron layers (of an ANN, the ReLUs), which have the same T and precision."""
-        return next(module for module in self.modules() if isinstance(module, (Neuron, ReLU)))
+        """One of the neuron layers (or what stands in for them), which have the same T and precision."""
+        parts = (module for module in self.modules() if not isinstance(module, SpikingNetwork))
+        return next(part for part in parts if hasattr(part, "decode") and hasattr(part, "timesteps"))
 
     @property
     def timesteps(self):
@@ -115,9 +116,11 @@ class SpikingNetwork(nn.Module):
         if self.backward == "unrolled" or torch.is_grad_enabled() and x.requires_grad:
             return False
         drops = [m for m in self.modules() if isinstance(m, DROPOUTS) and m.training and m.p]
-        leaks = {tuple(m.weights or ()) for m in self.modules() if isinstance(m, Neuron)}
+        neurons = [m for m in self.modules() if isinstance(m, Neuron)] if torch.is_grad_enabled() else []
+        weights = [neuron.weights or [1 / neuron.timesteps] * neuron.timesteps for neuron in neurons]
+        leaks = {tuple(round(w, 12) for w in of_one) for of_one in weights}
         reasons = ["dropout with a mask a time step"] * any(not getattr(d, "shared", False) for d in drops)
-        reasons += ["neurons of different leaks"] * (torch.is_grad_enabled() and len(leaks) > 1)
+        reasons += ["neurons of different leaks"] * (len(leaks) > 1)
         if reasons:
             warnings.warn(f"{' and '.join(reasons)}: the backward pass unrolls time", stacklevel=2)
         return not reasons

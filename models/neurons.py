@@ -21,7 +21,7 @@ class Neuron(nn.Module):
     Vth_bound: lower bound of Vth. train_Vth: a parameter, or else a buffer. Vth_grad_scale: factor of the
     gradient of Vth. Raises ValueError for settings out of range.
 
-    A subclass states what differs from IF (docs/own_network.md has a whole one):
+    A subclass states what differs from IF (docs/own_network.md has a whole one), one of LIF by properties:
     time_constants: the names of its own settings. leak: the factors of V and x_t in U. weights: those of its
     representation, T numbers that sum up to 1 (None: all alike). unit: a spike has the value Vth/unit.
     gain: of its map on representations, x -> clamp(gain*x, 0, gain*ceiling). ceiling: the largest x that it

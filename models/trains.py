@@ -67,7 +67,7 @@ class SpikeTrain:
         """As a collapsed layer takes it: with a mean, even from under no_grad; T copies unless `static`."""
         train = self
         if self.mean is None and torch.is_grad_enabled():
-            mean = self.rate()
+            mean = self.rate().to(self.neuron.Vth.dtype)
             train = replace(self, mean=mean, representation=mean)  # of which only the shape counts
         if self.static and not static:  # a still image beside spikes
             frames = self.spikes.dense()
@@ -87,8 +87,11 @@ class SpikeTrain:
         Where time is not unrolled, raises ValueError for a function that does not commute with the mean over
         time (a max pool, a LayerNorm), and for one with parameters, which belongs into a branch.
         """
-        known = isinstance(function, LINEAR) or function in CHECKED
-        if not (known or self.unrolled or self.static or self.mean is None):
+        known = isinstance(function, LINEAR) or function in CHECKED or self.unrolled
+        if self.mean is None and not known and torch.is_grad_enabled():  # of a part under no_grad
+            if function(next(iter(self.spikes.split(1)))).requires_grad:
+                refuse_parameters(function)
+        elif not (known or self.static or self.mean is None):
             check_linear(function, self.mean)
             # not in eval mode, where it may do something else, nor with parameters: they may be trained later
             if isinstance(function, nn.Module) and function.training and not list(function.parameters()):

@@ -65,8 +65,9 @@ def calls(module, *kinds):
 
     By such hooks the older weight norm, spectral norm and pruning make the weight.
     """
-    own = getattr(module.forward, "__func__", None)
-    return own in [kind.forward for kind in kinds] and not module._forward_pre_hooks
+    own = getattr(module.forward, "__func__", None) in [kind.forward for kind in kinds]
+    plain = getattr(type(module), "_conv_forward", None) in (None, nn.Conv2d._conv_forward)
+    return own and plain and not module._forward_pre_hooks
 
 
 def affine(module):
