@@ -270,10 +270,11 @@ def test_curves_show_runs_of_one_name_in_two_folders(tmp_path, monkeypatch):
         leave(tmp_path, row, 1, [50.0])
     for file in tmp_path.glob("*/*_s1_0.*"):
         file.rename(file.with_name("preresnet.resnet18_if" + file.suffix))
-    drawn = []
-    monkeypatch.setattr(reproduce.curves, "draw", lambda outcomes, file: drawn.extend(outcomes))
+    drawn, plot = [], reproduce.curves.plot
+    monkeypatch.setattr(reproduce.curves, "plot", lambda outcomes: drawn.extend(outcomes) or plot(outcomes))
     reproduce.main(["curves", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "curves.png")])
     assert sorted(outcome.args["dataset"] for outcome in drawn) == ["cifar10", "cifar100"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 NETWORKS = ["preresnet.resnet20_if", "preresnet.resnet20_lif"]
