@@ -252,10 +252,8 @@ def split(linear, train):
 
     TypeError for a map of another kind, ValueError for a train of a shape that it does not take.
     """
-    pair = isinstance(linear, nn.Sequential) and len(linear) == 2 and calls(linear, nn.Sequential)
-    linear, inner = linear if pair else (linear, None)
-    known = isinstance(linear, (nn.Conv2d, nn.Linear) if inner else (nn.Conv2d, nn.Linear, nn.Identity))
-    known = known and calls(linear, nn.Conv2d, nn.Linear, nn.Identity)
+    linear, inner = linear if calls(linear, nn.Sequential) and len(linear) == 2 else (linear, None)
+    known = calls(linear, nn.Conv2d, nn.Linear, *[nn.Identity] * (inner is None))
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
     if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
         allowed = "Conv2d padded by a number of zeros or Linear, alone or before a batch norm, or Identity"

@@ -277,6 +277,16 @@ def test_curves_show_runs_of_one_name_in_two_folders(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_days_are_those_of_the_read_mes_steps():
+    """200 epochs of 50,000 images: by the table's seconds for 8 images, of LIF and of the ANN."""
+    page = (reproduce.results.ROOT / "README.md").read_text()
+    for cost, line, T in ((96.4, "**the default", 20), (4.82, "an ANN of the same", 1)):
+        (row,) = [row for row in page.splitlines() if row.startswith(f"| {line}")]
+        seconds = float(row.split("|")[4])  # at T=20, which an ANN does not have
+        expected = 200 * 50_000 / 8 * seconds / 86400
+        assert reproduce.results.days(cost, T) == pytest.approx(expected, rel=0.05)
+
+
 NETWORKS = ["preresnet.resnet20_if", "preresnet.resnet20_lif"]
 NETWORKS += ["preresnet_snn.resnet18_if", "preresnet_snn.resnet18_lif"]
 

@@ -61,10 +61,12 @@ class Moments:
 
 
 def calls(module, *kinds):
-    """Whether a call of the module is that of one of these kinds: no forward of its own, no hook before it.
+    """Whether it is a module of these kinds that calls what they call: no forward of its own, no hook before.
 
     By such hooks the older weight norm, spectral norm and pruning make the weight.
     """
+    if not isinstance(module, kinds):
+        return False
     own = getattr(module.forward, "__func__", None) in [kind.forward for kind in kinds]
     plain = getattr(type(module), "_conv_forward", None) in (None, nn.Conv2d._conv_forward)
     return own and plain and not module._forward_pre_hooks
