@@ -20,7 +20,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX2__
@@ -512,10 +514,12 @@ template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {
 }
 
 // ---- backward: the clamp on representations (collapsed.py has the algebra) ----------------------------------------------
-template <class F> struct Clamp {  // G = gain*g where r = scale*y_repr + shift lies in [low, high], else 0
+template <class F> struct Clamp {  // G = gain*g where the clamp passes r = scale*y_repr + shift, else 0
   const F *g, *y_repr, *scale, *shift;  // (M, C) and (C)
-  double low, high, ceiling, gain;
-  int64_t M, C;
+  double ceiling, gain;
+  int64_t M, C, closed;  // closed: r from 0 to the ceiling passes, else r between them
+  F low() const { return closed ? 0 : std::numeric_limits<F>::min(); }
+  F high() const { return closed ? F(ceiling) : std::nextafter(F(ceiling), F(0)); }
 };
 template <class F>
 void clamp_row(const F* g, const F* y_repr, const F* y_mean, const F* scale, const F* shift, const F* mu, F low, F high,
@@ -528,10 +532,10 @@ void clamp_row(const F* g, const F* y_repr, const F* y_mean, const F* scale, con
 // sums (threads, 3, C), zero before: of G, of G*(y_mean - mu), both without the gain, and of g above the ceiling
 template <class F> void clamp_sums(const Clamp<F>& k, const F* y_mean, const F* mu, double* sums) {
   const int64_t C = k.C;
-  on_threads(k.M, [&](int64_t id, Share mine) {
+  on_threads(k.M, [&, low = k.low(), high = k.high()](int64_t id, Share mine) {
     std::vector<F> part(3 * C);
     for (int64_t m = mine.from; m < mine.to; m++) {
-      clamp_row<F>(k.g + m * C, k.y_repr + m * C, y_mean + m * C, k.scale, k.shift, mu, k.low, k.high, k.ceiling, C,
+      clamp_row<F>(k.g + m * C, k.y_repr + m * C, y_mean + m * C, k.scale, k.shift, mu, low, high, k.ceiling, C,
                    &part[0], &part[C], &part[2 * C]);
       if (m % 256 && m + 1 < mine.to) continue;  // float sums of some rows, double sums of these
       for (int64_t i = 0; i < 3 * C; i++) sums[id * 3 * C + i] += part[i];
@@ -553,9 +557,9 @@ void gradient_row(const F* g, const F* y_repr, const F* scale, const F* shift, F
 template <class F>
 void gradient(const Clamp<F>& k, const F* a, const F* d, const F* c, const F* x, double times, F* constant, F* out) {
   const int64_t C = k.C;
-  on_threads(k.M, [&](int64_t, Share mine) {
+  on_threads(k.M, [&, low = k.low(), high = k.high()](int64_t, Share mine) {
     for (int64_t at = mine.from * C; at < mine.to * C; at += C)
-      gradient_row<F>(k.g + at, k.y_repr + at, k.scale, k.shift, k.low, k.high, k.gain, a, d, c, x ? x + at : x, times,
+      gradient_row<F>(k.g + at, k.y_repr + at, k.scale, k.shift, low, high, k.gain, a, d, c, x ? x + at : x, times,
                       C, constant + at, out + at);
   });
 }

@@ -138,14 +138,11 @@ class Clamped:
 
     def __init__(self, kernels, clamp, g):
         self.kernels, self.g, self.gain, self.channels = kernels, channels_last(g), clamp.gain, g.shape[1]
-        self.r, ceiling = channels_last(clamp.r), clamp.ceiling
+        self.r = channels_last(clamp.r)
         self.kept = [self.g, self.r, self.of_channels(clamp.scale), self.of_channels(clamp.shift)]
-        low, high = 0.0, ceiling
-        if not clamp.closed:
-            low, high = torch.finfo(g.dtype).tiny, torch.nextafter(ceiling, torch.zeros_like(ceiling))
-        numbers = low, high.item(), ceiling.item(), clamp.gain
         pointers = [tensor.data_ptr() for tensor in self.kept]
-        arguments = ClampArguments(*pointers, *numbers, g.numel() // self.channels, self.channels)
+        size = g.numel() // self.channels, self.channels
+        arguments = ClampArguments(*pointers, clamp.ceiling.item(), clamp.gain, *size, clamp.closed)
         self.arguments = ctypes.byref(arguments)
 
     def of_channels(self, v):

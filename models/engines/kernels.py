@@ -45,8 +45,8 @@ class FiringArguments(ctypes.Structure):
 
 
 class ClampArguments(ctypes.Structure):
-    _fields_ = fields(POINTER, "g y_repr scale shift") + fields(DOUBLE, "low high ceiling gain")
-    _fields_ += fields(LONG, "M C")
+    _fields_ = fields(POINTER, "g y_repr scale shift") + fields(DOUBLE, "ceiling gain")
+    _fields_ += fields(LONG, "M C closed")
 
 
 class Kernels:
