@@ -42,6 +42,7 @@ from torch.autograd.function import once_differentiable
 
 from models.engines.interface import Branch, affine, calls
 from models.functional import Clamp, along_channels, per_channel
+from models.neurons import check_collapsed
 from models.records import BranchRecord, InnerRecord, PerBranch, Record, per_branch, stow, unstow
 from models.synchronized import means, normalization
 
@@ -64,6 +65,7 @@ def collapsed_layer(branches, bn, neuron):
 
     Under autocast the spikes, and the convolutions that take them, are of its type; all else stays.
     """
+    check_collapsed(neuron, [train for _, train in branches])
     neuron.project_threshold()
     first = branches[0][1]
     branches = [(*split(linear, train), train) for linear, train in branches]
@@ -113,7 +115,8 @@ class CollapsedLayer(torch.autograd.Function):
                 own.cross = cross_sum(x, engine.unpacked(Q, x.weight.shape), moments.y_mean, neuron.timesteps)
                 Q = Q if wants_Q(layer, branch.linear, need) else None
             record.branches.append(BranchRecord(branch.linear, x.weight, branch.train.mean, Q, own))
-        ctx.neuron, ctx.engine, ctx.affine = neuron, engine, gamma is not None
+        ctx.engine, ctx.affine = engine, gamma is not None
+        ctx.T, ctx.Vth_gain = neuron.timesteps, neuron.Vth_gain  # as they are now
         stow(ctx, record)
         ctx.mark_non_differentiable(moments.mean)
         ctx.set_materialize_grads(False)
@@ -122,7 +125,7 @@ class CollapsedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _mean, g):
-        record, neuron, engine, T = unstow(ctx), ctx.neuron, ctx.engine, ctx.neuron.timesteps
+        record, engine, T = unstow(ctx), ctx.engine, ctx.T
         norm, n = record.norm, g.numel() // g.shape[1]
         clamped = engine.clamped(record.clamp, g)  # S1, S2: per channel, sums of G and of G*(mean_t(y) - mu)
         S1, S2, above = clamped.sums(record.y_mean, norm.mu)
@@ -136,7 +139,7 @@ class CollapsedLayer(torch.autograd.Function):
         for branch, need in zip(record.branches, per_branch(ctx.needs_input_grad[4:])):
             own = branch.inner is not None
             grads += behind_inner_norm(layer, branch, need) if own else layer.of_branch(branch, need)
-        grad_Vth = neuron.Vth_gain * above if ctx.needs_input_grad[1] else None
+        grad_Vth = ctx.Vth_gain * above if ctx.needs_input_grad[1] else None
         grad_affine = (T * S2, T * S1) if ctx.affine else (None, None)
         return None, grad_Vth, *grad_affine, *grads
 
@@ -257,6 +260,7 @@ def split(linear, train):
     by_zeros = getattr(linear, "padding_mode", "zeros") == "zeros"
     if not (known and by_zeros) or isinstance(getattr(linear, "padding", 0), str):
         allowed = "Conv2d padded by a number of zeros or Linear, alone or before a batch norm, or Identity"
+        allowed += ", with torch's own forward pass and no hook before it"
         raise TypeError(f'no collapsed layer for {linear}: {allowed}; else backward = "unrolled"')
     if inner is not None and train.static:
         raise ValueError("a branch on the image itself cannot have a batch norm of its own")

@@ -63,6 +63,11 @@ def weighted_rate(sequence, weights):
     return representation
 
 
+def representation(sequence, weights):
+    """Of a layer whose `weights` these are; None: all alike. (T, B, ...) -> (B, ...)."""
+    return rate(sequence) if weights is None else weighted_rate(sequence, weights)
+
+
 @dataclass
 class Clamp:
     """The map on representations, x -> clamp(gain*x, 0, gain*ceiling), at x = scale*r + shift (section 4).
@@ -131,16 +136,16 @@ class DSR(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, currents, Vth, neuron):
-        ctx.neuron = neuron
-        x = neuron.representation(currents)
+        ctx.weights, ctx.gain, ctx.Vth_gain = neuron.weights, neuron.gain, neuron.Vth_gain  # as they are now
+        x = representation(currents, ctx.weights)
         ctx.save_for_backward(*clamp_zones(x, neuron.ceiling, neuron.closed))
         return neuron.fire(currents)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_spikes):
-        neuron, (inside, above) = ctx.neuron, ctx.saved_tensors
-        g = neuron.representation(grad_spikes)
-        G = g * inside * neuron.gain
-        grad_Vth = neuron.Vth_gain * (g * above).sum() if ctx.needs_input_grad[1] else None
+        inside, above = ctx.saved_tensors
+        g = representation(grad_spikes, ctx.weights)
+        G = g * inside * ctx.gain
+        grad_Vth = ctx.Vth_gain * (g * above).sum() if ctx.needs_input_grad[1] else None
         return G.expand_as(grad_spikes), grad_Vth, None

@@ -7,6 +7,7 @@ else touches a spike train but maps that act on every time step alike (pooling, 
 """
 
 import warnings
+from itertools import chain
 
 import torch
 from torch import nn
@@ -62,8 +63,13 @@ class SpikingNetwork(nn.Module):
     @property
     def _neuron(self):
         """One of the neuron layers (or what stands in for them), which have the same T and precision."""
+        neurons = (module for module in self.modules() if isinstance(module, Neuron))
         parts = (module for module in self.modules() if not isinstance(module, SpikingNetwork))
-        return next(part for part in parts if hasattr(part, "decode") and hasattr(part, "timesteps"))
+        others = (part for part in parts if hasattr(part, "decode") and hasattr(part, "timesteps"))
+        neuron = next(chain(neurons, others), None)
+        if neuron is None:
+            raise TypeError("the network has no neuron layer among its modules")
+        return neuron
 
     @property
     def timesteps(self):
@@ -104,6 +110,8 @@ class SpikingNetwork(nn.Module):
         steps = x if static else x.transpose(0, 1).flatten(0, 1)
         if not self.collapsible(x):
             return SpikeTrain(steps.repeat(T, *[1] * (x.dim() - 1)) if static else steps, T)
+        if x.dtype != (own := self._neuron.Vth.dtype) and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"the network computes in {own}: it takes x.to({own}), not {x.dtype}")
         mean = x if static else x.mean(1)
         layout = torch.channels_last if steps.dim() == 4 else torch.contiguous_format
         engine, _ = self.engine_in_use(x.device)
@@ -117,10 +125,9 @@ class SpikingNetwork(nn.Module):
             return False
         drops = [m for m in self.modules() if isinstance(m, DROPOUTS) and m.training and m.p]
         neurons = [m for m in self.modules() if isinstance(m, Neuron)] if torch.is_grad_enabled() else []
-        weights = [neuron.weights or [1 / neuron.timesteps] * neuron.timesteps for neuron in neurons]
-        leaks = {tuple(round(w, 12) for w in of_one) for of_one in weights}
         reasons = ["dropout with a mask a time step"] * any(not getattr(d, "shared", False) for d in drops)
-        reasons += ["neurons of different leaks"] * (len(leaks) > 1)
+        reasons += ["neurons of different leaks"] * (len({neuron.average for neuron in neurons}) > 1)
+        reasons += ["an ANN"] * (not isinstance(self._neuron, Neuron))
         if reasons:
             warnings.warn(f"{' and '.join(reasons)}: the backward pass unrolls time", stacklevel=2)
         return not reasons

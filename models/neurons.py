@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from models import functional
 from models.engines.dense import Spikes
+from models.engines.interface import calls
 
 # The published ones of the CIFAR programs, and of a layer that is told nothing else.
 DEFAULTS = dict(timesteps=20, Vth=0.3, tau=1.0, delta_t=0.05, alpha=0.3, Vth_bound=0.0005)
@@ -61,6 +63,8 @@ class Neuron(nn.Module):
     def register_parameter(self, name, param):
         if param is not None and name != "Vth":
             raise TypeError(f"{name}: only Vth has a gradient; keep it as a number or a buffer")
+        if param is not None and param.dim():
+            raise TypeError(f"Vth: a layer has one threshold, not a tensor of shape {tuple(param.shape)}")
         super().register_parameter(name, param)
 
     @property
@@ -102,7 +106,7 @@ class Neuron(nn.Module):
         return handle
 
     def report_spikes(self, spikes):
-        for hook in self._spike_hooks.values():
+        for hook in list(self._spike_hooks.values()):
             hook(spikes)
 
     @torch.no_grad()
@@ -123,9 +127,12 @@ class Neuron(nn.Module):
 
     def representation(self, sequence):
         """(T, B, ...) -> (B, ...): the mean over time, by `weights`."""
-        if self.weights is None:
-            return functional.rate(sequence)
-        return functional.weighted_rate(sequence, self.weights)
+        return functional.representation(sequence, self.weights)
+
+    @property
+    def average(self):
+        """Its `weights` as T numbers in any case, rounded: who shares them may share a collapsed network."""
+        return tuple(round(w, 12) for w in self.weights or [1 / self.timesteps] * self.timesteps)
 
     @property
     def decoding_gain(self):
@@ -185,14 +192,26 @@ class ReLU(nn.ReLU):
 def check_settings(**settings):
     """Raise ValueError, naming the setting, unless the given ones make a neuron that can fire."""
     for name, value in settings.items():
-        if name == "timesteps" and not value >= 1:
-            raise ValueError(f"timesteps must be at least 1, not {value}")
+        if name == "timesteps" and not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"timesteps must be a whole number, at least 1, not {value}")
         if name == "alpha" and not 0 < value <= 1:
             raise ValueError(f"alpha must lie in (0, 1], not {value}")
         if name in ("Vth", "Vth_bound", "tau", "delta_t") and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a positive number, not {value}")
     if settings.get("Vth", 1) < settings.get("Vth_bound", 0):
         raise ValueError(f"Vth ({settings['Vth']}) must not be below Vth_bound ({settings['Vth_bound']})")
+
+
+def check_collapsed(neuron, trains):
+    """TypeError, ValueError for a neuron whose gradients a collapsed layer of `trains` does not know."""
+    methods = "forward", "fire", "representation", "decode"
+    plain = all(getattr(type(neuron), name, None) is getattr(Neuron, name) for name in methods)
+    if not (plain and calls(neuron, Neuron)):
+        allowed = "a Neuron with constants and `dynamics` alone of its own, and no hook before it"
+        raise TypeError(f'no collapsed layer with {neuron}: {allowed}; else backward = "unrolled"')
+    below = [train.neuron for train in trains if getattr(train.representation, "requires_grad", False)]
+    if any(other is not None and other.average != neuron.average for other in below):
+        raise ValueError('neurons of different leaks cannot be collapsed: set backward = "unrolled"')
 
 
 def _keep_fixed_threshold(neuron, state_dict, prefix, *_):

@@ -71,7 +71,8 @@ def normalization(bn, seen, gamma, beta, like):
         zero, one = torch.zeros_like(like).view(1), torch.ones_like(like).view(1)
         return Norm(zero, one, one, zero, zero, None, frozen=True)
     if not calls(bn, nn.modules.batchnorm._BatchNorm, SynchronizedBatchNorm):
-        allowed = "a batch norm, `network.synchronize()` for that of all processes, or None"
+        allowed = "a batch norm with torch's own forward pass and no hook before it, or None"
+        allowed += "; `network.synchronize()` for one of all processes"
         raise TypeError(f'no collapsed layer with {bn}: {allowed}; else backward = "unrolled"')
     if bn.running_mean is None:
         raise ValueError(f"no collapsed layer with {bn}: it needs running statistics")

@@ -30,7 +30,7 @@ def calibrate(model, batches, samples, fraction=0.999):
     with nn.modules.module.register_module_forward_pre_hook(keep):
         for images in batches:
             model(images)
-    return {name: values[-1].cpu() for name, values in largest.items()}
+    return {name: values[-1].cpu().clone() for name, values in largest.items()}
 
 
 def load_thresholds(model, path):

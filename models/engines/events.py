@@ -149,7 +149,7 @@ class Clamped:
         return v.expand(self.channels).to(self.g.dtype).contiguous()
 
     def sums(self, y_mean, mu):
-        sums = torch.zeros(torch.get_num_threads(), 3, self.channels, dtype=torch.float64)
+        sums = self.g.new_zeros(torch.get_num_threads(), 3, self.channels, dtype=torch.float64)
         self.kernels("clamp_sums", self.g, self.arguments, channels_last(y_mean), self.of_channels(mu), sums)
         S1, S2, above = sums.sum(0).to(self.g.dtype)
         return self.gain * S1, self.gain * S2, above.sum()

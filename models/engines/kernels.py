@@ -69,7 +69,7 @@ class Spikes:
     def __init__(self, kernels, bits, shape, dtype):
         self.kernels, self.bits, self.shape, self.dtype = kernels, bits, torch.Size(shape), dtype
         self.images, self.channels, self.height, self.width = (*shape, 1, 1)[:4]
-        self.base = torch.empty(self.images + 1, dtype=torch.int64)
+        self.base = bits.new_empty(self.images + 1, dtype=torch.int64)
         size = LONG(self.images), LONG(bits.numel() // max(1, self.images))
         kernels("count_spikes", None, bits, self.base, *size)
 
@@ -86,8 +86,8 @@ class Spikes:
     def lists(self):
         """(active, ptr), see events.cpp; with room for what vectors read and write beyond the end."""
         size = [LONG(n) for n in (self.images, self.height, self.width, self.bits.shape[1])]
-        ptr = torch.empty(self.images * (self.height * self.width + 1), dtype=torch.int32)
-        active = torch.empty(self.base[-1].item() + WORD * self.images, dtype=torch.int16)
+        ptr = self.bits.new_empty(self.images * (self.height * self.width + 1), dtype=torch.int32)
+        active = self.bits.new_empty(self.base[-1].item() + WORD * self.images)
         self.kernels("list_spikes", None, self.bits, self.base, ptr, active, *size)
         return active, ptr
 
@@ -98,8 +98,8 @@ class Spikes:
     def split(self, rows):
         """The same, some rows at a time."""
         pixels = self.height * self.width
-        bytes_ = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
-        of_byte = (bytes_ >> torch.arange(8, dtype=torch.uint8) & 1).to(self.dtype)  # (256, 8)
+        bytes_ = torch.arange(256, device="cpu").unsqueeze(1)
+        of_byte = (bytes_ >> torch.arange(8, device="cpu") & 1).to(self.dtype)  # (256, 8)
         for bits in self.bits.split(rows * pixels):
             values = F.embedding(bits.view(torch.uint8).int(), of_byte).flatten(1)[:, : self.channels]
             values = values.view(-1, *self.shape[2:], self.channels)
@@ -171,7 +171,7 @@ class KernelLayer:
 
     def sums(self):
         """Pass A: -> the sums of y and of y*y over time, batch and space, (2, O)."""
-        sums = torch.zeros(self.threads, 2, self.channels, dtype=torch.float64)
+        sums = self.like.new_zeros(self.threads, 2, self.channels, dtype=torch.float64)
         self.kernels("statistics", self.like, self.arguments(), sums)
         return sums.sum(0)
 
@@ -190,7 +190,8 @@ class KernelLayer:
         if neuron.weights is not None:
             y_repr, representation = torch.empty_like(y_mean), torch.empty_like(mean)
         moments = y_mean, y_repr, mean, representation
-        bits = torch.empty(self.images * self.height * self.width, self.channels // WORD, dtype=torch.int16)
+        words = self.images * self.height * self.width, self.channels // WORD
+        bits = like.new_empty(words, dtype=torch.int16)
         amplitude, Vth = neuron.amplitude.item(), neuron.Vth.item()
         numbers = lam, neuron.alpha * Vth, Vth, 1 / T, amplitude / T, amplitude
         pointers = [tensor.data_ptr() for tensor in (scale, shift, w, *moments, bits)]
@@ -213,7 +214,8 @@ def channels_last(x):
 def whole_words(x):
     """(B, C, H, W), or (B, C) -> contiguous (B, H, W, C), C filled up by zeros to whole words."""
     x = channels_last(x)
-    return filled_up(x.view(len(x), *x.shape[1:-1] or (1, 1), x.shape[-1]), -(-x.shape[-1] // WORD) * WORD)
+    x = x.view(len(x), *x.shape[1:-1] or (1, 1), x.shape[-1])
+    return filled_up(x, -(-x.shape[-1] // WORD) * WORD).contiguous()  # a pad may choose another layout
 
 
 def filled_up(x, channels):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from models import create_model, list_models
+from models import create_model, list_models, trains
 from tests.models.fake_device import HostSynchronizationError, fake_gpu, step, to_fake_gpu
 
 SMALL = "preresnet.resnet20_lif"
@@ -67,6 +67,7 @@ class Planted(nn.AvgPool2d):
     def __init__(self, mistake):
         super().__init__(8)
         self.mistake = mistake
+        trains.CHECKED.add(self)  # as if `map` had looked at it, which it does but once
 
     def forward(self, x):
         return self.mistake(super().forward(x))

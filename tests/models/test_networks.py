@@ -80,6 +80,45 @@ def test_ann_is_a_preact_resnet_with_relus():
     torch.testing.assert_close(model(x), model.bn2(model.linear(out)).relu())
 
 
+def test_where_a_preact_resnet_drops():
+    """Before the last convolution of every block, and before the linear layer: as specified, one by one."""
+    model = create_model("preresnet.resnet20_ann", dropout=0.4)
+    x = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(1)
+    logits = model(x)
+    torch.manual_seed(1)
+    out = model.conv1(x)
+    for block in (*model.layer1, *model.layer2, *model.layer3):
+        first = block.bn1(out).relu()
+        inner = nn.functional.dropout(block.bn2(block.conv1(first)).relu(), 0.4)
+        out = block.conv2(inner) + block.shortcut(first)
+    out = nn.functional.avg_pool2d(model.bn1(out).relu(), 8).flatten(1)
+    expected = model.bn2(model.linear(nn.functional.dropout(out, 0.4))).relu()
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["preresnet.resnet18_lif", "preresnet.resnet20_if", "vgg.vgg11_lif", "preresnet_snn.resnet50_if"]
+)
+def test_weights_start_as_specified(name):
+    """Convolutions normal with variance 2/(k*k*outputs); a VGG's linear layer with a deviation of 0.01."""
+    torch.manual_seed(0)
+    for layer_name, layer in create_model(name).named_modules():
+        if isinstance(layer, nn.Conv2d):
+            deviation = (2 / (layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels)) ** 0.5
+            few = 4 / layer.weight.numel() ** 0.5  # standard errors, of a deviation 1/sqrt(2n)
+            assert layer.weight.std().item() == pytest.approx(deviation, rel=few), layer_name
+            assert abs(layer.weight.mean().item()) < few * deviation
+        if isinstance(layer, nn.Linear) and name.startswith("vgg"):
+            assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02)
+        if isinstance(layer, nn.Linear) and not name.startswith("preresnet_snn"):
+            assert not layer.bias.any()
+        if isinstance(layer, nn.Conv2d) and name.startswith("vgg"):
+            assert not layer.bias.any()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            assert (layer.weight == 1).all() and (layer.bias == 0).all()
+
+
 def test_dropout_defaults():
     rates = {
         name: {m.p for m in create_model(name).modules() if isinstance(m, nn.Dropout)}

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from models import IFNeuron, LIFNeuron
+from models import IFNeuron, LIFNeuron, create_model, fit_thresholds
 from models.layers import SpikingNetwork, spiking_layer
+from models.neurons import ReLU
 from tests.models.engines import available
 
 T = 4
@@ -70,6 +71,44 @@ def test_neurons_of_different_leaks_unroll_time(neurons, float64):
         assert_as_unrolled(network)
     with torch.no_grad():
         assert network.encode(torch.randn(2, 2, 8, 8)).backward == "collapsed"
+
+
+def test_neurons_of_different_leaks_that_the_network_does_not_know(float64):
+    """They cannot unroll time any more; in a list, say, where no module looks."""
+
+    class Headed(Net):
+        def spike(self, image):
+            train = spiking_layer([(self.conv1, image)], self.bn1, self.neuron1)
+            return spiking_layer([(self.conv2, train)], self.bn2, self.heads[0])
+
+    network = Headed()
+    network.heads = [make_lif()]
+    with pytest.raises(ValueError, match="different leaks cannot be collapsed"):
+        network(torch.randn(2, 2, 8, 8))
+    with torch.no_grad():
+        assert network(torch.randn(2, 2, 8, 8)).shape == (2, 8, 8, 8)
+
+
+@pytest.mark.parametrize("make", [make_if, make_lif])
+@pytest.mark.parametrize("backward", ["collapsed", "unrolled"])
+def test_settings_that_change_before_the_backward_pass(make, backward, float64):
+    """The gradients are of the settings with which the layer fired: so is training across several T."""
+    network, x = Net(make, make), torch.randn(3, 2, 8, 8)
+    network.backward = backward
+
+    def loss(timesteps, tau):
+        for neuron in (network.neuron1, network.neuron2):
+            neuron.timesteps, neuron.tau = timesteps, tau
+        return network(x).square().sum()
+
+    settings = (8, 1.0), (2, 3.0)
+    for setting in settings:
+        loss(*setting).backward()
+    expected = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    sum(loss(*setting) for setting in settings).backward()
+    torch.testing.assert_close([p.grad for p in network.parameters()], expected)
+    assert expected[0].any()
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -212,6 +251,135 @@ def test_what_is_not_computed_by_its_own_forward_pass_is_refused(network, engine
     network.engine = engine
     with pytest.raises(TypeError, match='(?s)no collapsed layer .*; else backward = "unrolled"'):
         network(torch.randn(2, 2, 8, 8))
+
+
+class Noisy(IFNeuron):
+    def forward(self, currents):
+        return super().forward(currents + 0.3)
+
+
+class Inverted(IFNeuron):
+    def fire(self, currents):
+        return self.amplitude - super().fire(currents)
+
+
+def watched():
+    neuron = make_if()
+    neuron.register_forward_pre_hook(lambda module, inputs: None)
+    return neuron
+
+
+@pytest.mark.parametrize("make", [lambda: Noisy(timesteps=T), lambda: Inverted(timesteps=T), watched])
+def test_a_neuron_with_methods_of_its_own_is_refused(make):
+    network = Net(make_if, make)
+    with pytest.raises(TypeError, match='no collapsed layer .*; else backward = "unrolled"'):
+        network(torch.randn(2, 2, 8, 8))
+    network.backward = "unrolled"
+    assert network(torch.randn(2, 2, 8, 8)).any()
+
+
+class Squared(nn.AvgPool2d):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+def hooked():
+    pool = nn.AvgPool2d(2)
+    pool.register_forward_hook(lambda module, inputs, output: output.square())
+    return pool
+
+
+def delayed(x):
+    return torch.cat([torch.zeros_like(x[:3]), x[:-3]])
+
+
+@pytest.mark.parametrize("function", [Squared(2), hooked(), delayed, lambda x: x - x.mean(0)])
+def test_what_map_refuses(function):
+    """What is not linear in spite of its class, and linear maps that do not keep the steps apart."""
+
+    class Mapped(Net):
+        def spike(self, image):
+            train = spiking_layer([(self.conv1, image)], self.bn1, self.neuron1).map(function)
+            return spiking_layer([(self.conv2, train)], self.bn2, self.neuron2)
+
+    network = Mapped()
+    with pytest.raises(ValueError, match="is not linear, so the backward pass has to unroll time"):
+        network(torch.randn(3, 2, 8, 8))
+    network.backward = "unrolled"
+    assert network(torch.randn(3, 2, 8, 8)).any()
+
+
+@pytest.mark.parametrize("channels, kernel", [(64, (3, 3)), (1, (3, 1))])
+def test_signals_of_one_channel_and_width_one(channels, kernel, float64):
+    """As (B, 1, L, 1): a pad of one channel lies in memory as no other does."""
+
+    class Signal(Net):
+        def spike(self, image):
+            return spiking_layer([(self.conv1, image)], self.bn1, self.neuron1)
+
+    network = Signal()
+    network.conv1 = nn.Conv2d(1, channels, kernel, padding=(kernel[0] // 2, kernel[1] // 2))
+    network.bn1 = nn.BatchNorm2d(channels)
+    x, results = torch.randn(8, 1, 16, 1), []
+    for network.backward, network.engine in [("unrolled", "dense"), *(("collapsed", e) for e in available())]:
+        network.zero_grad()
+        logits = network(x)
+        (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        results.append((logits.detach(), network.conv1.weight.grad.clone()))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+@pytest.mark.parametrize("frames", [False, True])
+def test_inputs_of_another_type_are_refused(dtype, frames):
+    x = torch.ones(2, *[T] * frames, 2, 8, 8, dtype=dtype)
+    with pytest.raises(TypeError, match=r"takes x.to\(torch.float32\), not torch."):
+        Net()(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shared_dropout_in_half_precision(dtype):
+    network = create_model("vgg.vgg11_lif", num_classes=4, timesteps=2, dropout=0.3, dropout_mask="shared")
+    logits = network.to(dtype)(torch.rand(2, 2, 2, 48, 48, dtype=dtype))
+    assert logits.dtype == dtype and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("engine", available())
+def test_under_another_default_device(engine):
+    network, x = Net().eval(), torch.randn(2, 2, 8, 8)
+    network.engine = engine
+    expected = network(x)
+    with torch.device("meta"):
+        assert torch.equal(network(x), expected)
+
+
+def test_an_ann_unrolls_time():
+    network = Net(ReLU, ReLU)
+    with pytest.warns(UserWarning, match="an ANN: the backward pass unrolls time"):
+        assert network(torch.randn(2, 2, 8, 8)).shape == (2, 8, 8, 8)
+
+
+def test_settings_and_batches_that_are_none():
+    for timesteps in (2.5, 0):
+        with pytest.raises(ValueError, match="timesteps must be a whole number, at least 1"):
+            IFNeuron(timesteps=timesteps)
+    with pytest.raises(TypeError, match="a layer has one threshold"):
+        make_if().Vth = nn.Parameter(torch.ones(4))
+    with pytest.raises(TypeError, match="the model's inputs alone"):
+        fit_thresholds(Net(), [(torch.randn(2, 2, 8, 8), torch.zeros(2))])
+    network = Net(list, list)
+    with pytest.raises(TypeError, match="no neuron layer among its modules"):
+        network(torch.randn(2, 2, 8, 8))
+
+
+def test_a_spike_hook_may_remove_itself():
+    network, seen = Net(), []
+    handle = network.neuron1.register_spike_hook(lambda spikes: handle.remove())
+    network.neuron1.register_spike_hook(lambda spikes: seen.append(spikes.shape))
+    for _ in range(2):
+        network(torch.randn(2, 2, 8, 8))
+    assert seen == [(2 * T, 8, 8, 8)] * 2
 
 
 @pytest.mark.parametrize("engine", available())

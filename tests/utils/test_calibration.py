@@ -47,6 +47,7 @@ def test_against_a_full_sort(fraction):
     (value,) = calibrate(nn.Sequential(nn.ReLU()), images.split(8), 37, fraction).values()
     everything = sorted(max(x, 0.0) for x in images.flatten().tolist())
     assert value.item() == everything[int(fraction * len(everything))]
+    assert value.untyped_storage().nbytes() == 4  # a file of thresholds holds nothing else
 
 
 def official(value=0.5):

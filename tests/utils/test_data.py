@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -125,6 +126,49 @@ def test_training_images_are_cropped_and_mirrored(tmp_path, monkeypatch):
         assert match
         seen.update(match)
     assert {flip for _, _, flip in seen} == {False, True} and len(seen) > 30
+
+
+def test_cifar100_is_read_and_normalised(tmp_path, monkeypatch):
+    folder, sums = tmp_path / "cifar-100-python", {}
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    contents = {name: {"data": pixels, "fine_labels": [1, 2, 99, 4]} for name in ("train", "test")}
+    for name, content in (contents | {"meta": {"fine_label_names": [str(i) for i in range(100)]}}).items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", sums["test"]]])
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}
+    monkeypatch.setattr(datasets.CIFAR100, "meta", meta)
+    data = load_data("cifar100", tmp_path)
+    image, label = data.test[2]
+    assert (label, data.classes) == (99, 100)
+    mean = torch.tensor([0.5071, 0.4867, 0.4408]).view(3, 1, 1)
+    std = torch.tensor([0.2675, 0.2565, 0.2761]).view(3, 1, 1)
+    torch.testing.assert_close(image, (torch.from_numpy(pixels[2]).view(3, 32, 32) / 255 - mean) / std)
+
+
+def test_imagenet_images_are_cut_out_and_normalised(tmp_path):
+    """A ramp from left to right tells which part of it a crop is, how wide, and whether it is mirrored."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 256).round(), (256, 256)).astype(np.uint8)
+    pixels = np.stack([ramp, np.full_like(ramp, 100), np.full_like(ramp, 200)], -1)
+    for split in ("train", "val"):
+        (tmp_path / split / "ramp").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / "ramp" / "image.png")
+    data = load_data("imagenet", tmp_path, image_size=224)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    image = data.test[0][0] * std + mean
+    expected = torch.from_numpy(pixels[16:240, 16:240] / 255).float().movedim(-1, 0)  # the centre
+    torch.testing.assert_close(image, expected)
+    widths, mirrored = [], set()
+    for _ in range(40):
+        crop = data.train[0][0] * std + mean
+        assert crop.shape == (3, 224, 224)
+        torch.testing.assert_close(crop[1:], expected[1:])
+        widths.append((crop[0, 0, -1] - crop[0, 0, 0]).abs().item())
+        mirrored.add((crop[0, 0, -1] < crop[0, 0, 0]).item())
+    assert min(widths) < 0.6 and max(widths) > 0.8 and mirrored == {False, True}
 
 
 def test_imagefolder_reads_any_size_and_val(images):

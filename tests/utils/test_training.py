@@ -1,5 +1,6 @@
 """The schedule against its formula, metrics against a direct count, checkpoints against interruptions."""
 
+import ast
 import math
 import os
 import platform
@@ -31,6 +32,26 @@ for i in range(16):
     first = first if i > 7 else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
 """
+
+
+PEAKS = """
+import subprocess, sys
+touched = b"x" * (2**20 * int(sys.argv[1]))
+how = dict(stdout=subprocess.PIPE, text=True, check=True)
+child = "import torch; from utils.statistics import peak_memory; print(peak_memory(torch.device('cpu')))"
+print(subprocess.run([sys.executable, "-c", child], **how).stdout)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="it is about Linux's accounts")
+def test_peak_memory_is_that_of_the_process_alone():
+    """A process starts with its parent's figure in `ru_maxrss`, if that is higher."""
+    how = dict(cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
+    of_small, of_large = (
+        ast.literal_eval(subprocess.run([sys.executable, "-c", PEAKS, mb], **how).stdout)["peak memory (MB)"]
+        for mb in ("1", "1000")
+    )
+    assert of_small > 50 and abs(of_large - of_small) < 100
 
 
 @pytest.mark.skipif(
