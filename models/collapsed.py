@@ -116,7 +116,8 @@ class CollapsedLayer(torch.autograd.Function):
                 Q = Q if wants_Q(layer, branch.linear, need) else None
             record.branches.append(BranchRecord(branch.linear, x.weight, branch.train.mean, Q, own))
         ctx.engine, ctx.affine = engine, gamma is not None
-        ctx.T, ctx.Vth_gain = neuron.timesteps, neuron.Vth_gain  # as they are now
+        ctx.T = neuron.timesteps  # settings as they are now
+        ctx.Vth_gain = neuron.Vth_gain if ctx.needs_input_grad[1] else None
         stow(ctx, record)
         ctx.mark_non_differentiable(moments.mean)
         ctx.set_materialize_grads(False)
@@ -139,7 +140,7 @@ class CollapsedLayer(torch.autograd.Function):
         for branch, need in zip(record.branches, per_branch(ctx.needs_input_grad[4:])):
             own = branch.inner is not None
             grads += behind_inner_norm(layer, branch, need) if own else layer.of_branch(branch, need)
-        grad_Vth = ctx.Vth_gain * above if ctx.needs_input_grad[1] else None
+        grad_Vth = None if ctx.Vth_gain is None else ctx.Vth_gain * above
         grad_affine = (T * S2, T * S1) if ctx.affine else (None, None)
         return None, grad_Vth, *grad_affine, *grads
 

@@ -57,10 +57,10 @@ def decay_weights(timesteps, tau, delta_t):
 
 def weighted_rate(sequence, weights):
     """The representation of a LIF layer: sum_t w_t y_t with `decay_weights`. (T, B, ...) -> (B, ...)."""
-    representation = sequence[0] * weights[0]
+    total = sequence[0] * weights[0]
     for weight, step in zip(weights[1:], sequence[1:]):
-        representation = representation.add(step, alpha=weight)
-    return representation
+        total = total.add(step, alpha=weight)
+    return total
 
 
 def representation(sequence, weights):
@@ -136,8 +136,10 @@ class DSR(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, currents, Vth, neuron):
-        ctx.weights, ctx.gain, ctx.Vth_gain = neuron.weights, neuron.gain, neuron.Vth_gain  # as they are now
-        x = representation(currents, ctx.weights)
+        # settings as they are now
+        ctx.representation, ctx.gain = neuron.representation_of_now(), neuron.gain
+        ctx.Vth_gain = neuron.Vth_gain if ctx.needs_input_grad[1] else None
+        x = ctx.representation(currents)
         ctx.save_for_backward(*clamp_zones(x, neuron.ceiling, neuron.closed))
         return neuron.fire(currents)
 
@@ -145,7 +147,7 @@ class DSR(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_spikes):
         inside, above = ctx.saved_tensors
-        g = representation(grad_spikes, ctx.weights)
+        g = ctx.representation(grad_spikes)
         G = g * inside * ctx.gain
-        grad_Vth = ctx.Vth_gain * (g * above).sum() if ctx.needs_input_grad[1] else None
+        grad_Vth = None if ctx.Vth_gain is None else ctx.Vth_gain * (g * above).sum()
         return G.expand_as(grad_spikes), grad_Vth, None

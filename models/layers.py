@@ -15,7 +15,7 @@ from torch import nn
 from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
-from models.neurons import Neuron
+from models.neurons import Neuron, averaging
 from models.synchronized import synchronize
 from models.trains import DROPOUTS, SpikeTrain
 
@@ -110,8 +110,7 @@ class SpikingNetwork(nn.Module):
         steps = x if static else x.transpose(0, 1).flatten(0, 1)
         if not self.collapsible(x):
             return SpikeTrain(steps.repeat(T, *[1] * (x.dim() - 1)) if static else steps, T)
-        if x.dtype != (own := self._neuron.Vth.dtype) and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"the network computes in {own}: it takes x.to({own}), not {x.dtype}")
+        x, steps = (values.to(self._neuron.Vth.dtype) for values in (x, steps))
         mean = x if static else x.mean(1)
         layout = torch.channels_last if steps.dim() == 4 else torch.contiguous_format
         engine, _ = self.engine_in_use(x.device)
@@ -126,7 +125,7 @@ class SpikingNetwork(nn.Module):
         drops = [m for m in self.modules() if isinstance(m, DROPOUTS) and m.training and m.p]
         neurons = [m for m in self.modules() if isinstance(m, Neuron)] if torch.is_grad_enabled() else []
         reasons = ["dropout with a mask a time step"] * any(not getattr(d, "shared", False) for d in drops)
-        reasons += ["neurons of different leaks"] * (len({neuron.average for neuron in neurons}) > 1)
+        reasons += ["neurons of different leaks"] * (len(set(map(averaging, neurons))) > 1)
         reasons += ["an ANN"] * (not isinstance(self._neuron, Neuron))
         if reasons:
             warnings.warn(f"{' and '.join(reasons)}: the backward pass unrolls time", stacklevel=2)

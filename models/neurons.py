@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -63,7 +64,7 @@ class Neuron(nn.Module):
     def register_parameter(self, name, param):
         if param is not None and name != "Vth":
             raise TypeError(f"{name}: only Vth has a gradient; keep it as a number or a buffer")
-        if param is not None and param.dim():
+        if param is not None and param.requires_grad and param.dim():
             raise TypeError(f"Vth: a layer has one threshold, not a tensor of shape {tuple(param.shape)}")
         super().register_parameter(name, param)
 
@@ -129,10 +130,11 @@ class Neuron(nn.Module):
         """(T, B, ...) -> (B, ...): the mean over time, by `weights`."""
         return functional.representation(sequence, self.weights)
 
-    @property
-    def average(self):
-        """Its `weights` as T numbers in any case, rounded: who shares them may share a collapsed network."""
-        return tuple(round(w, 12) for w in self.weights or [1 / self.timesteps] * self.timesteps)
+    def representation_of_now(self):
+        """`representation`, whatever becomes of the settings later."""
+        if type(self).representation is not Neuron.representation:
+            return self.representation
+        return partial(functional.representation, weights=self.weights)
 
     @property
     def decoding_gain(self):
@@ -204,14 +206,20 @@ def check_settings(**settings):
 
 def check_collapsed(neuron, trains):
     """TypeError, ValueError for a neuron whose gradients a collapsed layer of `trains` does not know."""
-    methods = "forward", "fire", "representation", "decode"
-    plain = all(getattr(type(neuron), name, None) is getattr(Neuron, name) for name in methods)
+    methods = [(name, getattr(neuron, name, None)) for name in ("fire", "representation", "decode")]
+    plain = all(getattr(method, "__func__", None) is getattr(Neuron, name) for name, method in methods)
     if not (plain and calls(neuron, Neuron)):
         allowed = "a Neuron with constants and `dynamics` alone of its own, and no hook before it"
         raise TypeError(f'no collapsed layer with {neuron}: {allowed}; else backward = "unrolled"')
     below = [train.neuron for train in trains if getattr(train.representation, "requires_grad", False)]
-    if any(other is not None and other.average != neuron.average for other in below):
+    others = [other for other in below if other is not None and other.weights != neuron.weights]
+    if any(averaging(other) != averaging(neuron) for other in others):
         raise ValueError('neurons of different leaks cannot be collapsed: set backward = "unrolled"')
+
+
+def averaging(neuron):
+    """The weights by which it averages over time, rounded: neurons that share them may be collapsed."""
+    return tuple(round(w, 12) for w in neuron.weights or [1 / neuron.timesteps] * neuron.timesteps)
 
 
 def _keep_fixed_threshold(neuron, state_dict, prefix, *_):

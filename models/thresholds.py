@@ -60,8 +60,8 @@ def fit_thresholds(model, batches, *, apply=True, samples=2**16, seed=0):
     batches: tensors that the model takes, on its device. The model runs in the mode that it is in, but
     without dropout; nothing but the thresholds changes, trained and fixed ones alike, and under apply=False
     not even these. Layers come in the order of the forward pass, under their names in the state-dict. Raises
-    ValueError for no batches, TypeError for those that are no tensors, and whatever the model raises for
-    batches that do not suit it.
+    ValueError for no batches, TypeError for pairs with labels, and whatever the model raises for batches
+    that do not suit it.
     """
 
     def currents(neuron, x):
@@ -95,8 +95,8 @@ def fit_layers(model, batches, layers, currents, apply, samples, seed):
     batches, fits = list(batches), {}
     if not batches:
         raise ValueError("no batches to fit thresholds to")
-    if not all(map(torch.is_tensor, batches)):
-        raise TypeError("batches are the model's inputs alone: of (input, label), [x for x, _ in batches]")
+    if isinstance(model, SpikingNetwork) and not all(map(torch.is_tensor, batches)):
+        raise TypeError("batches must be tensors; of pairs (input, label) give [x for x, _ in batches]")
     share = math.ceil(samples / len(batches))
 
     def watch(name, module, neuron):

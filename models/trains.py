@@ -85,18 +85,20 @@ class SpikeTrain:
     def map(self, function):
         """The same train after a linear map that acts on every time step alike, as an average pool does.
 
+        `function` gets the rows of one or several steps, (n*B, ...), with any n.
         Where time is not unrolled, raises ValueError for a function that does not commute with the mean over
         time (a max pool, a LayerNorm), and for one with parameters, which belongs into a branch.
         """
-        known = calls(function, *LINEAR) and not function._forward_hooks
-        known = known or function in CHECKED or self.unrolled
+        hooked = bool(getattr(function, "_forward_hooks", None))
+        known = self.unrolled or not hooked and (calls(function, *LINEAR) or function in CHECKED)
         if self.mean is None and not known and torch.is_grad_enabled():  # of a part under no_grad
             if function(next(iter(self.spikes.split(1)))).requires_grad:
                 refuse_parameters(function)
         elif not (known or self.static or self.mean is None):
             check_linear(function, self.mean)
             # not in eval mode, where it may do something else, nor with parameters: they may be trained later
-            if isinstance(function, nn.Module) and function.training and not list(function.parameters()):
+            plain = isinstance(function, nn.Module) and not list(function.parameters()) and not hooked
+            if plain and function.training:
                 CHECKED.add(function)
         train = self.at_every_step(function)
         if self.static and getattr(train.representation, "requires_grad", False):
@@ -132,7 +134,7 @@ class SpikeTrain:
 
         def masked(x):
             if not masks:
-                dtype = x.dtype if self.neuron is None else self.neuron.Vth.dtype
+                dtype = self.neuron.Vth.dtype if self.neuron else x.dtype if x.is_floating_point() else None
                 masks.append(dropout(x.new_ones(batch, *x.shape[1:], dtype=dtype)))
             return (x.unflatten(0, (-1, batch)) * masks[0]).flatten(0, 1)
 
@@ -154,13 +156,18 @@ def check_linear(function, like):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for _ in range(2))
     with torch.autocast(like.device.type, enabled=False):
-        steps, alone = function(torch.cat([torch.zeros_like(a), a, b, a + b])), function(b)
+        alone = function(b)
+        try:
+            steps = function(torch.cat([torch.zeros_like(a), a, b, a + b]))
+        except RuntimeError as error:
+            raise ValueError(f"{function} fails on the rows of several steps: {error}") from error
     if alone.requires_grad:
         refuse_parameters(function)
     if alike := steps.shape == (4 * len(alone), *alone.shape[1:]):
         at_zero, at_a, at_b, at_sum = steps.split(len(alone))
         error = (at_sum + at_zero - at_a - at_b).abs().max() + (at_b - alone).abs().max()
-        alike = error <= 1e-4 * (at_a.abs() + at_b.abs()).max()
+        rounding = max(1e-4, 16 * torch.finfo(like.dtype).eps)
+        alike = error <= rounding * (at_a.abs() + at_b.abs()).max()
     if not alike:
         hint = 'use a linear map of every step, as an average pool is, or backward = "unrolled"'
         raise ValueError(f"{function} is not linear, so the backward pass has to unroll time: {hint}")

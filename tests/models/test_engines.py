@@ -17,6 +17,7 @@ from models import IFNeuron, LIFNeuron, create_model
 from models.collapsed import collapsed_layer
 from models.engines import build, choose_engine, kernels
 from models.engines.dense import Spikes
+from models.functional import Clamp
 from models.layers import spiking_layer
 from models.trains import SpikeTrain
 from tests.models.engines import LACKING
@@ -226,3 +227,18 @@ def test_types_that_the_kernels_do_not_know():
 def test_unknown_engines_are_refused():
     with pytest.raises(ValueError, match="unknown engine"):
         create_model("preresnet.resnet20_if", engine="sparse")
+
+
+@pytest.mark.parametrize("name", ["dense", "events"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("closed, passed", [(True, [0, 1, 1, 1, 1, 0]), (False, [0, 0, 1, 1, 0, 0])])
+def test_where_the_clamp_passes_at_its_ends(name, dtype, closed, passed):
+    """IF on [0, ceiling], LIF between (section 4); the gradient of the ceiling is from above it alone."""
+    x = torch.tensor([-1.0, 0.0, 1e-30, 0.6, 0.7, 0.8], dtype=dtype).view(6, 1)
+    one, ceiling = x.new_ones(1), x.new_tensor(0.7)
+    clamp = Clamp(x, one, x.new_zeros(1), ceiling, closed, gain=2.0)
+    clamped = choose_engine(name, "cpu")[0].clamped(clamp, 3 * torch.ones_like(x))
+    G = clamped.affine(one, x.new_zeros(1), x.new_zeros(1), None)
+    assert G.flatten().tolist() == [6.0 * passes for passes in passed]
+    S1, _, above = clamped.sums(x, x.new_zeros(1))
+    assert (S1.item(), above.item()) == (6.0 * sum(passed), 3.0)

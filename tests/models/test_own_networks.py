@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from models import IFNeuron, LIFNeuron, create_model, fit_thresholds
+from models import IFNeuron, LIFNeuron, fit_thresholds
 from models.layers import SpikingNetwork, spiking_layer
 from models.neurons import ReLU
+from models.trains import Dropout
 from tests.models.engines import available
 
 T = 4
@@ -263,19 +264,44 @@ class Inverted(IFNeuron):
         return self.amplitude - super().fire(currents)
 
 
+class Late(IFNeuron):
+    """Reads the second half of the steps alone."""
+
+    def representation(self, sequence):
+        return sequence[len(sequence) // 2 :].mean(0)
+
+
+def fired_otherwise():
+    neuron = make_if()
+    neuron.fire = lambda currents: torch.ones_like(currents)
+    return neuron
+
+
 def watched():
     neuron = make_if()
     neuron.register_forward_pre_hook(lambda module, inputs: None)
     return neuron
 
 
-@pytest.mark.parametrize("make", [lambda: Noisy(timesteps=T), lambda: Inverted(timesteps=T), watched])
+@pytest.mark.parametrize(
+    "make",
+    [*(lambda kind=kind: kind(timesteps=T) for kind in (Noisy, Inverted, Late)), watched, fired_otherwise],
+)
 def test_a_neuron_with_methods_of_its_own_is_refused(make):
     network = Net(make_if, make)
     with pytest.raises(TypeError, match='no collapsed layer .*; else backward = "unrolled"'):
         network(torch.randn(2, 2, 8, 8))
     network.backward = "unrolled"
     assert network(torch.randn(2, 2, 8, 8)).any()
+
+
+def test_a_representation_of_its_own_counts_in_both_passes(float64):
+    """Of currents (T*B, ...) = (4, 2) the last two steps decide, and every step gets the mean of theirs."""
+    neuron = Late(timesteps=4, Vth=1.0)
+    currents = torch.tensor([[9.0, 0.5], [9.0, 0.5], [0.2, 0.5], [0.4, 2.5]], requires_grad=True)
+    (neuron(currents) * torch.tensor([[5.0], [7.0], [1.0], [3.0]])).sum().backward()
+    torch.testing.assert_close(currents.grad, torch.tensor([[2.0, 0.0]]).expand(4, 2))  # 0.3 passes, 1.5 not
+    assert neuron.Vth.grad == 4 * 2.0  # T times the gradient of what lies above Vth
 
 
 class Squared(nn.AvgPool2d):
@@ -330,28 +356,50 @@ def test_signals_of_one_channel_and_width_one(channels, kernel, float64):
         torch.testing.assert_close(result, results[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8, torch.bool])
 @pytest.mark.parametrize("frames", [False, True])
-def test_inputs_of_another_type_are_refused(dtype, frames):
-    x = torch.ones(2, *[T] * frames, 2, 8, 8, dtype=dtype)
-    with pytest.raises(TypeError, match=r"takes x.to\(torch.float32\), not torch."):
-        Net()(x)
+@pytest.mark.parametrize("engine", available())
+def test_inputs_of_another_type(dtype, frames, engine):
+    network, other = Net(make_lif, make_lif), torch.rand(2, *[T] * frames, 2, 8, 8).round().to(dtype)
+    network.engine = engine
+    expected = step(copy.deepcopy(network), other.float())
+    torch.testing.assert_close(step(network, other), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_shared_dropout_in_half_precision(dtype):
-    network = create_model("vgg.vgg11_lif", num_classes=4, timesteps=2, dropout=0.3, dropout_mask="shared")
-    logits = network.to(dtype)(torch.rand(2, 2, 2, 48, 48, dtype=dtype))
-    assert logits.dtype == dtype and logits.isfinite().all()
+@pytest.mark.parametrize("backward", ["collapsed", "unrolled"])
+def test_shared_dropout_and_a_pool_of_ones_own_in_half_precision(dtype, backward):
+    class Own(nn.AvgPool2d):
+        def forward(self, x):
+            return super().forward(x) * 0.5
+
+    class Dropped(Net):
+        def spike(self, image):
+            train = spiking_layer([(self.conv1, image)], self.bn1, self.neuron1)
+            train = train.map(Own(2)).drop(Dropout(0.3, shared=True))
+            return spiking_layer([(self.conv2, train)], self.bn2, self.neuron2)
+
+    network = Dropped().to(dtype)
+    network.backward = backward
+    logits, grads, _ = step(network, torch.rand(2, 2, 8, 8, dtype=dtype))
+    assert logits.dtype == dtype and all(g.dtype == dtype and g.isfinite().all() for g in grads.values())
 
 
 @pytest.mark.parametrize("engine", available())
 def test_under_another_default_device(engine):
-    network, x = Net().eval(), torch.randn(2, 2, 8, 8)
-    network.engine = engine
-    expected = network(x)
-    with torch.device("meta"):
-        assert torch.equal(network(x), expected)
+    class Pooled(Net):
+        def spike(self, image):
+            train = spiking_layer([(self.conv1, image)], self.bn1, self.neuron1).map(nn.AvgPool2d(2))
+            return spiking_layer([(self.conv2, train)], self.bn2, self.neuron2)
+
+    for network in (Net(make_lif, make_lif), Pooled(make_lif, make_lif)):
+        network.engine, x = engine, torch.randn(2, 2, 8, 8)
+        expected = copy.deepcopy(network)(x)
+        expected.sum().backward()
+        with torch.device("meta"):
+            logits = network(x)
+            logits.sum().backward()
+        assert torch.equal(logits, expected) and network.conv1.weight.grad.any()
 
 
 def test_an_ann_unrolls_time():
@@ -366,8 +414,9 @@ def test_settings_and_batches_that_are_none():
             IFNeuron(timesteps=timesteps)
     with pytest.raises(TypeError, match="a layer has one threshold"):
         make_if().Vth = nn.Parameter(torch.ones(4))
-    with pytest.raises(TypeError, match="the model's inputs alone"):
+    with pytest.raises(TypeError, match="batches must be tensors"):
         fit_thresholds(Net(), [(torch.randn(2, 2, 8, 8), torch.zeros(2))])
+    IFNeuron(train_Vth=False, Vth_grad_scale=None)(torch.ones(20, 1, requires_grad=True)).sum().backward()
     network = Net(list, list)
     with pytest.raises(TypeError, match="no neuron layer among its modules"):
         network(torch.randn(2, 2, 8, 8))
