@@ -135,7 +135,7 @@ class SpikeTrain:
         def masked(x):
             if not masks:
                 dtype = self.neuron.Vth.dtype if self.neuron else x.dtype if x.is_floating_point() else None
-                masks.append(dropout(x.new_ones(batch, *x.shape[1:], dtype=dtype)))
+                masks.append(dropout(torch.ones(batch, *x.shape[1:], dtype=dtype, device=x.device)))
             return (x.unflatten(0, (-1, batch)) * masks[0]).flatten(0, 1)
 
         return self.at_every_step(masked)
