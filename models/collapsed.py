@@ -33,6 +33,7 @@ needs sum_t y_t*y^d_t, per channel: that is the inner product of W_d and Q.
 Who computes y_t, its statistics, Q and the spikes is the engine's affair (`models.engines`).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,11 +73,11 @@ def collapsed_layer(branches, bn, neuron):
     inputs = [
         PerBranch(train.representation, *affine(linear), *affine(inner)) for linear, inner, train in branches
     ]
-    device, dtype = neuron.Vth.device.type, neuron.Vth.dtype
+    device, dtype, plain = neuron.Vth.device.type, neuron.Vth.dtype, nullcontext()
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        dtype, plain = torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
     layer = Layer(branches, bn, neuron, first, dtype, needed=torch.is_grad_enabled())
-    with torch.autocast(device, enabled=False):
+    with plain:
         flat = [tensor for of_branch in inputs for tensor in of_branch]
         mean, representation = CollapsedLayer.apply(layer, neuron.Vth, *affine(bn), *flat)
     return layer.spikes, mean, representation
@@ -133,9 +134,7 @@ class CollapsedLayer(torch.autograd.Function):
         S2 = S2 / norm.sigma
         m1, m2 = means(S1, S2, n, norm)
         c, d = -norm.a * m2 / norm.sigma, norm.a * (m2 * norm.mu / norm.sigma - m1)
-        # the sum of A + c*y_t over time, batch and space; local_mean: the mean of y_t in this process
-        of_biases = T * (norm.a * S1 + n * (d + c * norm.local_mean))
-        layer = LayerGradient(engine, record, clamped, c, d, T, of_biases)
+        layer = LayerGradient(engine, record, clamped, c, d, T, S1)
         grads = []
         for branch, need in zip(record.branches, per_branch(ctx.needs_input_grad[4:])):
             own = branch.inner is not None
@@ -147,7 +146,7 @@ class CollapsedLayer(torch.autograd.Function):
 
 @dataclass
 class LayerGradient:
-    """dL/dy_t = A + c*y_t with A = a*G + d, and its `sum` over time, batch and space, per channel."""
+    """dL/dy_t = A + c*y_t with A = a*G + d."""
 
     engine: object
     record: Record
@@ -155,7 +154,14 @@ class LayerGradient:
     c: torch.Tensor
     d: torch.Tensor
     T: int
-    sum: torch.Tensor
+    S1: torch.Tensor  # per channel, the sum of G
+
+    @cached_property
+    def sum(self):
+        """Of dL/dy_t over time, batch and space, per channel."""
+        norm, y_mean = self.record.norm, self.record.y_mean
+        n = y_mean.numel() // y_mean.shape[1]
+        return self.T * (norm.a * self.S1 + n * (self.d + self.c * norm.local_mean))  # of this process
 
     def at(self, sequence, times=1):
         """times * (A + c*sequence), (B, ...); times * A without a sequence."""

@@ -38,7 +38,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def track(bn, mean, var, n):
     """Bring running statistics up to date; n: how many values the mean and the variance are of."""
-    bn.num_batches_tracked += 1
+    bn.num_batches_tracked.add_(1)
     momentum = 1 / bn.num_batches_tracked.to(mean) if bn.momentum is None else bn.momentum
     bn.running_mean.lerp_(mean, momentum)
     bn.running_var.lerp_(var * (n / (n - 1)), momentum)

@@ -46,6 +46,7 @@ constexpr int BYTES = 16;
 constexpr int WORD = 16;                   // channels in a word of bits
 constexpr int LINE = 64;                   // bytes of a cache line
 constexpr int ROOM = 1 << 17;              // spikes of a tile for which there is room without counting them
+constexpr int64_t FAR = 1 << 20;           // bytes of a tensor, from which on caches do not hold it until it is read
 constexpr int WIDE = BYTES == 32 ? 1 : 2;  // vectors of which nine fit into the registers, and more
 template <class F> struct OfWidth { typedef F type __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias)); };
 template <class F> using Vector = typename OfWidth<F>::type;
@@ -53,6 +54,21 @@ template <class F> constexpr int LANES = BYTES / sizeof(F);
 typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
 template <class F> inline Vector<F> load(const F* p) { return *reinterpret_cast<const Vector<F>*>(p); }
 template <class F> inline void store(F* p, Vector<F> v) { *reinterpret_cast<Vector<F>*>(p) = v; }
+// Past the caches, which need not read what was there: p is aligned, and `streamed` comes behind the last.
+template <class F> inline void stream(F* p, Vector<F> v) {
+#ifdef DSR_AVX512
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+inline void streamed() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
 
 // Masks: the lanes of x >= y, or those that bits name; the bits of a mask; x in its lanes, 0 in the others.
 #ifdef DSR_AVX512
@@ -394,7 +410,7 @@ template <class F> void clear_border(const Layer<F>& L, const Tile& t, F* y) {
   std::fill(y + last * OB, y + int64_t(t.frames) * t.height() * t.PW * OB, F(0));
 }
 
-// ---- pass A: for each channel the sums of y and of y*y; and Q ---------------------------------------------------------
+// ---- pass A: for each channel the mean and the variance of y; and Q ---------------------------------------------------
 template <class F, int OB> void add_sums(const Layer<F>& L, const Tile& t, int block, const F* y, double* sums) {
   constexpr int N = OB / LANES<F>;
   Vector<F> first[N], sum[N], squares[N];  // of y - first, which keeps their precision
@@ -416,10 +432,11 @@ template <class F, int OB> void add_sums(const Layer<F>& L, const Tile& t, int b
     sums[c] += s + n * k, sums[L.O + c] += q + 2 * k * s + n * k * k;
   }
 }
-// sums: (threads, 2, O), zero before. Q of each branch that has one grows: one copy a thread, or one if split. A branch
-// of values with a kernel has no part in y: with T = 1 and y the values of another, Q is a weight's gradient.
-template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
+// Q of each branch that has one grows: one copy a thread, or one if split. A branch of values with a kernel has no part
+// in y: with T = 1 and y the values of another, Q is a weight's gradient.
+template <class F, int OB> void pass_a(const Layer<F>& L, F* mean, F* var) {
   const int64_t images = int64_t(L.T) * L.B, tiles = (images + L.frames - 1) / L.frames, blocks = L.O / OB;
+  std::vector<double> sums(2 * L.O * torch::stable::get_num_threads());  // of y and y*y, for each thread
   on_threads(L.split ? blocks : tiles, [&](int64_t id, Share mine) {
     Scratch<F>& scratch = own_scratch(L);
     const Share own_tiles = L.split ? Share{0, tiles} : mine, own = L.split ? mine : Share{0, blocks};
@@ -431,7 +448,7 @@ template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
       for (int block = own.from; block < own.to; block++) {
         F* y = scratch.y;
         currents<F, OB>(L, t, block, scratch);
-        add_sums<F, OB>(L, t, block, y, sums + id * 2 * L.O + block * OB);
+        add_sums<F, OB>(L, t, block, y, &sums[id * 2 * L.O + block * OB]);
         if (L.scatter || n != scratch.frames) clear_border(L, t, y);
         if (block + 1 == own.to) scratch.frames = n;
         for (int k = 0; k < L.n_branches; k++) {
@@ -443,29 +460,38 @@ template <class F, int OB> void pass_a(const Layer<F>& L, double* sums) {
       }
     }
   });
+  for (size_t i = 2 * L.O; i < sums.size(); i++) sums[i % (2 * L.O)] += sums[i];
+  const double n = double(images) * L.H * L.W;
+  for (int c = 0; c < L.O; c++) {
+    const double m = sums[c] / n;
+    mean[c] = m, var[c] = max(0.0, sums[L.O + c] / n - m * m);
+  }
 }
 
 // ---- pass B: the neurons fire ------------------------------------------------------------------------------------------
-// U = lam*V + scale*y + shift; a spike where U >= point; V = U - Vth*s. And the sums over time of y, w*y, s and w*s.
+// U = lam*V + kappa*(scale*y + shift); a spike where U >= point; V = U - Vth*s. And the sums over time of y, w*y, s, w*s.
 template <class F> struct Firing {
-  double lam, point, Vth, of_y, of_mean, of_repr;  // the last three: factors of the sums of y, s and w*s
-  const F *scale, *shift, *w;                      // (O), (O), (T)
-  F *y_mean, *y_repr, *mean, *repr;                // (B, pixel, O); of IF neurons, means are representations
+  double lam, kappa, point, Vth, of_y, of_mean, of_repr;  // the last three: factors of the sums of y, s and w*s
+  const double* w;                                        // (T)
+  const F *scale, *shift;                                 // (O)
+  F *y_mean, *y_repr, *mean, *repr;                       // (B, pixel, O); of IF neurons, means are representations
   uint16_t* bits;
 };
 // G pixels in a row, 16 channels from c on, through all time steps. Their currents are at y + t*y_step + g*OB, their
-// words of bits at f.bits[word + t*step + g*words].
+// words of bits at f.bits[word + t*step + g*words]. far: the sums go past the caches.
 template <class F, int OB, int G>
-inline void fire(const Firing<F>& f, int T, const F* y, int64_t y_step, int64_t word, int64_t step, int words, int c) {
+inline void fire(const Firing<F>& f, int T, const F* y, int64_t y_step, int64_t word, int64_t step, int words, int c,
+                 bool far) {
   constexpr int L = LANES<F>, PER = WORD / L, N = G * PER;
   const Vector<F> zero{}, lam = zero + F(f.lam), point = zero + F(f.point), Vth = zero + F(f.Vth), one = zero + F(1);
+  const F kappa = f.kappa;
   Vector<F> V[N], scale[N], shift[N], ys[N], yw[N], s[N], sw[N];
   UNROLL for (int i = 0; i < N; i++) {
     V[i] = ys[i] = yw[i] = s[i] = sw[i] = zero;
-    scale[i] = load(f.scale + c + i % PER * L), shift[i] = load(f.shift + c + i % PER * L);
+    scale[i] = kappa * load(f.scale + c + i % PER * L), shift[i] = kappa * load(f.shift + c + i % PER * L);
   }
   for (int t = 0; t < T; t++, y += y_step) {
-    const Vector<F> w = zero + f.w[t];
+    const Vector<F> w = zero + F(f.w[t]);
     uint32_t bits[G] = {};
     UNROLL for (int i = 0; i < N; i++) {
       const Vector<F> x = load(y + i / PER * OB + i % PER * L), U = lam * V[i] + (scale[i] * x + shift[i]);
@@ -478,14 +504,17 @@ inline void fire(const Firing<F>& f, int T, const F* y, int64_t y_step, int64_t 
   }
   UNROLL for (int i = 0; i < N; i++) {
     const int64_t at = (word + i / PER * words) * WORD + i % PER * L;
-    store(f.y_repr + at, yw[i]), store(f.y_mean + at, ys[i] * F(f.of_y));
-    store(f.repr + at, sw[i] * F(f.of_repr)), store(f.mean + at, s[i] * F(f.of_mean));
+    auto put = [=](F* p, Vector<F> v) { far ? stream(p + at, v) : store(p + at, v); };
+    put(f.y_mean, ys[i] * F(f.of_y)), put(f.mean, s[i] * F(f.of_mean));
+    if (f.y_repr != f.y_mean) put(f.y_repr, yw[i]), put(f.repr, sw[i] * F(f.of_repr));
   }
 }
 template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {
   constexpr int G = max(1, 4 * LANES<F> / WORD);
   const int64_t strips = (L.H + L.rows - 1) / L.rows, groups = (L.B + L.images - 1) / L.images, blocks = L.O / OB;
   const int64_t words = L.O / WORD, step = int64_t(L.B) * L.H * L.W * words, tiles = groups * strips;
+  const auto places = uintptr_t(f.y_mean) | uintptr_t(f.y_repr) | uintptr_t(f.mean) | uintptr_t(f.repr);
+  const bool far = step * WORD * int64_t(sizeof(F)) >= FAR && places % BYTES == 0;
   on_threads(L.split ? blocks : tiles, [&](int64_t, Share mine) {
     Scratch<F>& scratch = own_scratch(L);
     const Share own_tiles = L.split ? Share{0, tiles} : mine, own = L.split ? mine : Share{0, blocks};
@@ -504,12 +533,13 @@ template <class F, int OB> void pass_b(const Layer<F>& L, const Firing<F>& f) {
               const int64_t word = ((first + f_) * L.H + row) * L.W * words + (block * OB + c) / WORD;
               int x = 0;
               for (; x + G <= L.W; x += G)
-                fire<F, OB, G>(f, L.T, y + x * OB, y_step, word + x * words, step, words, block * OB + c);
+                fire<F, OB, G>(f, L.T, y + x * OB, y_step, word + x * words, step, words, block * OB + c, far);
               for (; x < L.W; x++)
-                fire<F, OB, 1>(f, L.T, y + x * OB, y_step, word + x * words, step, words, block * OB + c);
+                fire<F, OB, 1>(f, L.T, y + x * OB, y_step, word + x * words, step, words, block * OB + c, far);
             }
       }
     }
+    streamed();
   });
 }
 
@@ -529,19 +559,22 @@ void clamp_row(const F* g, const F* y_repr, const F* y_mean, const F* scale, con
     S1[c] += G, S2[c] += G * (y_mean[c] - mu[c]), above[c] += r > ceiling ? g[c] : F(0);
   }
 }
-// sums (threads, 3, C), zero before: of G, of G*(y_mean - mu), both without the gain, and of g above the ceiling
-template <class F> void clamp_sums(const Clamp<F>& k, const F* y_mean, const F* mu, double* sums) {
+// sums (3, C): of G, of G*(y_mean - mu), and of g above the ceiling
+template <class F> void clamp_sums(const Clamp<F>& k, const F* y_mean, const F* mu, F* sums) {
   const int64_t C = k.C;
+  std::vector<double> all(3 * C * torch::stable::get_num_threads());  // for each thread
   on_threads(k.M, [&, low = k.low(), high = k.high()](int64_t id, Share mine) {
     std::vector<F> part(3 * C);
     for (int64_t m = mine.from; m < mine.to; m++) {
       clamp_row<F>(k.g + m * C, k.y_repr + m * C, y_mean + m * C, k.scale, k.shift, mu, low, high, k.ceiling, C,
                    &part[0], &part[C], &part[2 * C]);
       if (m % 256 && m + 1 < mine.to) continue;  // float sums of some rows, double sums of these
-      for (int64_t i = 0; i < 3 * C; i++) sums[id * 3 * C + i] += part[i];
+      for (int64_t i = 0; i < 3 * C; i++) all[id * 3 * C + i] += part[i];
       std::fill(part.begin(), part.end(), F(0));
     }
   });
+  for (size_t i = 3 * C; i < all.size(); i++) all[i % (3 * C)] += all[i];
+  for (int64_t i = 0; i < 3 * C; i++) sums[i] = all[i] * (i < 2 * C ? k.gain : 1);
 }
 // constant = times*(a*G + d), and out = a*G + d + c*x, unless x is null
 template <class F>
@@ -624,9 +657,11 @@ void list(const uint16_t* bits, const int64_t* base, uint32_t* ptr_, uint16_t* a
 
 // ---- what Python calls, for float (f32) and double (f64) --------------------------------------------------------------------
 #define EXPORT(F, f)                                                                                                  \
-  void statistics_##f(const Layer<F>* L, double* sums) { L->OB == 32 ? pass_a<F, 32>(*L, sums) : pass_a<F, 16>(*L, sums); } \
+  void statistics_##f(const Layer<F>* L, F* mean, F* var) {                                                           \
+    L->OB == 32 ? pass_a<F, 32>(*L, mean, var) : pass_a<F, 16>(*L, mean, var);                                        \
+  }                                                                                                                   \
   void fire_##f(const Layer<F>* L, const Firing<F>* k) { L->OB == 32 ? pass_b<F, 32>(*L, *k) : pass_b<F, 16>(*L, *k); } \
-  void clamp_sums_##f(const Clamp<F>* k, const F* y_mean, const F* mu, double* sums) { clamp_sums(*k, y_mean, mu, sums); } \
+  void clamp_sums_##f(const Clamp<F>* k, const F* y_mean, const F* mu, F* sums) { clamp_sums(*k, y_mean, mu, sums); } \
   void gradient_##f(const Clamp<F>* k, const F* a, const F* d, const F* c, const F* x, double times, F* constant, F* out) { \
     gradient(*k, a, d, c, x, times, constant, out);                                                                   \
   }

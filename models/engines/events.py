@@ -99,7 +99,7 @@ class EventEngine(dense.DenseEngine):
         layer.add(inputs.shape, linear, values=inputs, Q=Q)
         layer.add(outputs.shape, values=outputs)
         layer.tile(TILE_GRADIENT, 1)
-        layer.sums()
+        layer.statistics()
         return PackedQ(Q).unpacked(weight.shape)
 
     def suits(self, linear, weight, x, grad, scaled_Qs):
@@ -137,7 +137,7 @@ class Clamped:
     """The gradient g of a layer behind its clamp: G. See `interface`."""
 
     def __init__(self, kernels, clamp, g):
-        self.kernels, self.g, self.gain, self.channels = kernels, channels_last(g), clamp.gain, g.shape[1]
+        self.kernels, self.g, self.channels = kernels, channels_last(g), g.shape[1]
         self.r = channels_last(clamp.r)
         self.kept = [self.g, self.r, self.of_channels(clamp.scale), self.of_channels(clamp.shift)]
         pointers = [tensor.data_ptr() for tensor in self.kept]
@@ -146,13 +146,14 @@ class Clamped:
         self.arguments = ctypes.byref(arguments)
 
     def of_channels(self, v):
-        return v.expand(self.channels).to(self.g.dtype).contiguous()
+        v = v if len(v) == self.channels else v.expand(self.channels)
+        return v.to(self.g.dtype).contiguous()
 
     def sums(self, y_mean, mu):
-        sums = self.g.new_zeros(torch.get_num_threads(), 3, self.channels, dtype=torch.float64)
+        sums = self.g.new_empty(3, self.channels)
         self.kernels("clamp_sums", self.g, self.arguments, channels_last(y_mean), self.of_channels(mu), sums)
-        S1, S2, above = sums.sum(0).to(self.g.dtype)
-        return self.gain * S1, self.gain * S2, above.sum()
+        S1, S2, above = sums
+        return S1, S2, above.sum()
 
     def affine(self, a, d, c, sequence):
         return self.parts(a, d, c, sequence, 1)[sequence is not None]
@@ -204,7 +205,7 @@ class Currents:
         weights = self.pack(branch.weight, amplitude, spikes.padded)
         self.layer.add(shape, branch.linear, active=active, base=spikes.base, ptr=ptr, weights=weights)
         if branch.bias is not None:
-            self.layer.bias[: len(branch.bias)] += branch.bias.detach()
+            self.layer.bias.narrow(0, 0, len(branch.bias)).add_(branch.bias.detach())
 
     def pack(self, weight, amplitude, inputs):
         """The weights, amplitude included, as the kernels want them: see events.cpp."""
@@ -227,10 +228,8 @@ class Currents:
                 self.layer.branches[k].Q = Q.data_ptr()
         n = self.layer.images * self.layer.height * self.layer.width
         self.layer.keep(self.spikes)
-        mean, squares = self.layer.sums()[:, : self.shape[1]] / n
-        var = (squares - mean.square()).clamp_(min=0)
-        like = self.layer.like
-        return Observation(mean.to(like.dtype), var.to(like.dtype), n, Qs)
+        mean, var = (v[: self.shape[1]] for v in self.layer.statistics())
+        return Observation(mean, var, n, Qs)
 
     def fire(self, scale, shift, needed):
         return self.layer.fire(self.neuron, scale, shift, self.shape, needed)

@@ -40,8 +40,8 @@ class LayerArguments(ctypes.Structure):
 
 
 class FiringArguments(ctypes.Structure):
-    _fields_ = fields(DOUBLE, "lam point Vth of_y of_mean of_repr")
-    _fields_ += fields(POINTER, "scale shift w y_mean y_repr mean repr bits")
+    _fields_ = fields(DOUBLE, "lam kappa point Vth of_y of_mean of_repr")
+    _fields_ += fields(POINTER, "w scale shift y_mean y_repr mean repr bits")
 
 
 class ClampArguments(ctypes.Structure):
@@ -79,15 +79,20 @@ class Spikes:
         return WORD * self.bits.shape[1]
 
     @cached_property
+    def number(self):
+        """How many spikes there are."""
+        return self.base[-1].item()
+
+    @property
     def density(self):
-        return self.base[-1].item() / max(1, self.shape.numel())
+        return self.number / max(1, self.shape.numel())
 
     @cached_property
     def lists(self):
         """(active, ptr), see events.cpp; with room for what vectors read and write beyond the end."""
         size = [LONG(n) for n in (self.images, self.height, self.width, self.bits.shape[1])]
         ptr = self.bits.new_empty(self.images * (self.height * self.width + 1), dtype=torch.int32)
-        active = self.bits.new_empty(self.base[-1].item() + WORD * self.images)
+        active = self.bits.new_empty(self.number + WORD * self.images)
         self.kernels("list_spikes", None, self.bits, self.base, ptr, active, *size)
         return active, ptr
 
@@ -169,36 +174,32 @@ class KernelLayer:
         numbers = len(self.branches), *size, self.block, self.scatter, self.split, *tiles
         return ctypes.byref(LayerArguments(*pointers, *numbers))
 
-    def sums(self):
-        """Pass A: -> the sums of y and of y*y over time, batch and space, (2, O)."""
-        sums = self.like.new_zeros(self.threads, 2, self.channels, dtype=torch.float64)
-        self.kernels("statistics", self.like, self.arguments(), sums)
-        return sums.sum(0)
+    def statistics(self):
+        """Pass A: -> mean and variance of y over time, batch and space, (O)."""
+        mean, var = self.like.new_empty(self.channels), self.like.new_empty(self.channels)
+        self.kernels("statistics", self.like, self.arguments(), mean, var)
+        return mean, var
 
     def fire(self, neuron, scale, shift, shape, needed):
         """Pass B: -> Spikes and Moments of a layer of `shape`, (T*B, ...)."""
         (lam, kappa), T, channels, like = neuron.leak, neuron.timesteps, shape[1], self.like
-        weights = neuron.weights or [1 / T] * T
-
-        def of_channels(v):
-            return filled_up((kappa * v).expand(channels), self.channels).to(like.dtype).contiguous()
-
-        scale, shift, w = of_channels(scale), of_channels(shift), like.new_tensor(weights)
+        weights, amplitude, Vth = neuron.weights, neuron.amplitude.item(), neuron.Vth.item()
+        vectors = [filled_up(v.expand(channels), self.channels) for v in (scale, shift)]
+        scale, shift = (v.to(like.dtype).contiguous() for v in vectors)
+        w = (DOUBLE * T)(*weights or [1 / T] * T)
         one_step = (shape[0] // T, *shape[2:], self.channels)
         y_mean, mean = like.new_empty(one_step), like.new_empty(one_step)
         y_repr, representation = y_mean, mean  # of neurons whose representation is the mean
-        if neuron.weights is not None:
+        if weights is not None:
             y_repr, representation = torch.empty_like(y_mean), torch.empty_like(mean)
         moments = y_mean, y_repr, mean, representation
         words = self.images * self.height * self.width, self.channels // WORD
         bits = like.new_empty(words, dtype=torch.int16)
-        amplitude, Vth = neuron.amplitude.item(), neuron.Vth.item()
-        numbers = lam, neuron.alpha * Vth, Vth, 1 / T, amplitude / T, amplitude
-        pointers = [tensor.data_ptr() for tensor in (scale, shift, w, *moments, bits)]
+        numbers = lam, kappa, neuron.alpha * Vth, Vth, 1 / T, amplitude / T, amplitude
+        pointers = ctypes.addressof(w), *[tensor.data_ptr() for tensor in (scale, shift, *moments, bits)]
         self.kernels("fire", like, self.arguments(), ctypes.byref(FiringArguments(*numbers, *pointers)))
-        y_mean, y_repr, mean, representation = [x[..., :channels].movedim(-1, 1) for x in moments]
-        spikes = Spikes(self.kernels, bits, shape, like.dtype)
-        return spikes, Moments(y_mean, y_repr, mean, representation) if needed else None
+        moments = Moments(*[x.narrow(-1, 0, channels).movedim(-1, 1) for x in moments])
+        return Spikes(self.kernels, bits, shape, like.dtype), moments if needed else None
 
 
 def cells(rows, width):
