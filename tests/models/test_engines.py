@@ -145,6 +145,13 @@ def test_tiles_beyond_what_16_bits_name(T, shape, float64):
     assert_engines_agree(layer, lambda engine, k: spike_train(T, 2, shape, 0.02, engine), atol)
 
 
+@pytest.mark.parametrize("kind", NEURONS)
+def test_sums_that_are_written_past_the_caches(kind, float64):
+    """From 1 MB on, here 1.1; and the last pixel of a row by itself."""
+    layer = [nn.Conv2d(16, 64, 3, padding=1)], nn.BatchNorm2d(64), NEURONS[kind](3)
+    assert_engines_agree(layer, lambda engine, k: spike_train(3, 2, (16, 33, 33), 0.1, engine))
+
+
 @pytest.mark.parametrize("engine", ["dense", "events"])
 def test_what_does_not_fit_is_refused(engine, float64):
     """Channels or pixels of a sum that differ, or of a map and its input; shapes that a map does not take."""
