@@ -464,7 +464,7 @@ template <class F, int OB> void pass_a(const Layer<F>& L, F* mean, F* var) {
   const double n = double(images) * L.H * L.W;
   for (int c = 0; c < L.O; c++) {
     const double m = sums[c] / n;
-    mean[c] = m, var[c] = max(0.0, sums[L.O + c] / n - m * m);
+    mean[c] = m, var[c] = max(sums[L.O + c] / n - m * m, 0.0);  // a NaN stays
   }
 }
 
