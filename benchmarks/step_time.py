@@ -10,8 +10,8 @@ and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rat
 one time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). On
 GPUs also `-tf32`: without it, or `-bf16`, TF32 is off. They take turns, step by step; a figure is the median.
 In inference batch norm has the statistics of the images.
-Peak memory is that of a process of its own: VmHWM, or max_memory_allocated on a GPU. Time follows the firing
-rates: those of the first step are printed as well.
+Peak memory is that of a process of its own, VmHWM, the median of `--processes` of them, or
+max_memory_allocated on a GPU. Time follows the firing rates: those of the first step are printed as well.
 """
 
 import argparse
@@ -119,9 +119,9 @@ def step(variant, args, timesteps, model=None):
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
 
     def run():
+        optimizer.zero_grad()
         with arithmetic(variant, args.device):
             loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
@@ -215,12 +215,16 @@ def measure(variants, args, timesteps):
 
 
 def peak_memory(variant, args, timesteps):
-    """Peak bytes of two steps in a process of their own."""
+    """Peak bytes of two steps in a process of their own, the median of some processes."""
     command = [sys.executable, __file__, "--peak", variant, "--timesteps", str(timesteps)]
     for name in ("model", "batch", "device", "image_size", *NEURONS, "weights", "images"):
         command += [f"--{name}", str(getattr(args, name))] if getattr(args, name) is not None else []
     command += ["--inference"] * args.inference
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    peaks = []
+    for _ in range(args.processes):
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(run.stdout.split()[-1]))
+    return statistics.median(peaks)
 
 
 def print_peak(variant, args):
@@ -267,6 +271,7 @@ def get_parser():
     parser.add_argument("--images", help="a folder of classes to draw the batch from, in place of noise")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1, help="to take the median of peak memory of")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--variants", nargs="+", default=VARIANTS, choices=VARIANTS + GPU_VARIANTS, metavar="NAME"

@@ -82,13 +82,13 @@ def train_steps(network, *, loader, optimizer, schedule, metrics, device, title,
     model = getattr(network, "module", network)
     for step, (images, labels) in enumerate(batches(loader, device, title, metrics, first), start=first):
         torch.manual_seed(mix_seed(loader.dataset.seed, loader.sampler.epoch, step, rank(), 1))  # dropout's
+        optimizer.zero_grad()  # before the forward pass, which then has their memory
         look = statistics.count_spikes(model) if schedule.last_epoch == 0 else nullcontext()
         with autocast(device, precision), look as counts:
             logits = network(images)
         loss = F.cross_entropy(logits, labels)
         finite = loss.detach().isfinite().to("cpu", non_blocking=True)  # while the device computes on
         fetched = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
-        optimizer.zero_grad()
         loss.backward()
         if fetched is not None:
             fetched.synchronize()

@@ -17,11 +17,12 @@ from models import create_model
 from tests import fuzz
 from utils import checkpoint, foreign
 from utils.cli import UserError
+from utils.data import train_loader
 from utils.foreign import read_log
 from utils.recipe import warmup_cosine
 from utils.records import Recorder, RunFiles
 from utils.statistics import count_spikes, firing_rates
-from utils.training import Metrics, Result, evaluate
+from utils.training import Metrics, Result, evaluate, train_steps
 
 PAGES = """
 import resource, torch
@@ -130,6 +131,21 @@ def test_evaluation_is_without_gradients_and_keeps_the_model():
     assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).sum().item() / 7)
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert len(rates) == 21
+
+
+def test_a_forward_pass_has_the_memory_of_the_last_gradients():
+    torch.manual_seed(0)
+    model, seen = nn.Linear(6, 3), []
+    model.register_forward_pre_hook(lambda *_: seen.append([p.grad is None for p in model.parameters()]))
+    loader = train_loader(
+        [(torch.randn(6), i % 3) for i in range(12)], batch_size=4, workers=0, seed=0, pin_memory=False
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = warmup_cosine(optimizer, lr=0.1, epochs=1, steps_per_epoch=3, warmup=0)
+    parts = dict(loader=loader, optimizer=optimizer, schedule=schedule, metrics=Metrics("cpu"))
+    steps = train_steps(model, **parts, device="cpu", title="", precision="fp32", first=0)
+    assert [(step, bool(model.weight.grad.any())) for step in steps] == [(1, True), (2, True), (3, True)]
+    assert seen == [[True, True]] * 3
 
 
 def test_firing_rates_by_hand():
