@@ -16,7 +16,7 @@ from models import LIFNeuron, registry
 from utils import events, recorder
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(path.relative_to(ROOT)): path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]}
+PAGES = {str(path.relative_to(ROOT)): path for path in [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")]}
 
 
 def blocks(page, language):
