@@ -10,7 +10,7 @@ and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rat
 one time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). On
 GPUs also `-tf32`: without it, or `-bf16`, TF32 is off. They take turns, step by step; a figure is the median.
 In inference batch norm has the statistics of the images.
-Peak memory is that of a process of its own, VmHWM, the median of `--processes` of them, or
+Peak memory is that of a process of its own, or the median of `--processes` of them: VmHWM, or
 max_memory_allocated on a GPU. Time follows the firing rates: those of the first step are printed as well.
 """
 

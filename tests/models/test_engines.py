@@ -179,6 +179,18 @@ def test_a_train_denser_than_the_limit_goes_the_dense_way(float64):
     assert currents == [False, True]
 
 
+@pytest.mark.parametrize("engine", ["dense", "events"])
+def test_currents_that_are_nan_show_in_the_statistics(engine, float64):
+    train, bn = spike_train(2, 3, (16, 8, 8), 0.3, choose_engine(engine, "cpu")[0]), nn.BatchNorm2d(16)
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    nn.init.constant_(conv.weight[5], math.nan)
+    with torch.no_grad():
+        spiking_layer([(conv, train)], bn, NEURONS["if"](2))
+    spoilt = torch.arange(16) == 5
+    assert torch.equal(bn.running_mean.isnan(), spoilt)
+    assert torch.equal(bn.running_var.isnan(), spoilt)
+
+
 @pytest.mark.parametrize(("backward", "threads"), [*itertools.product(("collapsed", "rate"), (1, 3))])
 def test_networks_repeat_bit_by_bit_and_agree(backward, threads, float64):
     before = torch.get_num_threads()
