@@ -90,6 +90,7 @@ def run(row, seeds, flags, command):
         print(f"{row} has the settings of {FIRST[row]}: its runs are those")
     for seed in seeds:
         argv, args, files = plan(FIRST[row], seed, flags)
+        results.refuse_others(files, args)
         thresholds = getattr(args, "calculate_Vth", "")
         result = files.folder / f"{thresholds}.dict" if thresholds else files.log
         if result.exists() and (thresholds or len(results.epochs_done(files, args.epochs)) >= args.epochs):
@@ -144,7 +145,7 @@ def report_checkpoint(options):
     require("model" in settings, f"{file} does not hold the settings of its run (args), which a report needs")
     program = cifar if settings["model"] in cifar.MODELS else imagenet
     args = program.get_parser().parse([])
-    vars(args).update(settings, compile=False, sync_bn=False)
+    vars(args).update(settings, compile=False, sync_bn=False, engine="auto")
     entry = NETWORKS.get(args.model)
     spiking = f"{file} is of {args.model}, an ANN or unknown; give a checkpoint of an _if or _lif model"
     require(entry and entry.kind != "ann", spiking)
@@ -207,10 +208,9 @@ def draw_curves(options):
     runs = [(o.files.arguments.stem, o) for group in find_runs(options.checkpoint).values() for o in group]
     unknown = [text for text in options.runs if not any(text in stem for stem, _ in runs)]
     refuse(f"no run below {options.checkpoint} has in its name", unknown)
-    wanted = options.runs or [""]
-    chosen = [outcome for stem, outcome in runs if any(text in stem for text in wanted)]
+    chosen = [outcome for stem, outcome in runs if any(text in stem for text in options.runs or [""])]
     require(chosen, f"no run below {options.checkpoint} has finished an epoch; start one by `run`")
-    checkpoint.save(curves.plot(chosen), options.out, write=lambda plot, file: plot.savefig(file, dpi=120))
+    curves.draw(chosen, options.out)
     print(f"picture: {options.out}")
 
 

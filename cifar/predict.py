@@ -31,7 +31,7 @@ from utils.report import Measurement
 def load_network(content, source, classes, **settings):
     """The network of a checkpoint's `content`, read from `source`, on the CPU; `settings` replace its own."""
     args = training_parser().parse([])
-    vars(args).update(content["args"], compile=False, sync_bn=False, **settings)
+    vars(args).update(content["args"], compile=False, sync_bn=False, engine="auto", **settings)
     model = build_model(args, classes, "cpu", create_model)
     checkpoint.load_weights(model, content["state_dict"], source)
     return model.eval()

@@ -14,6 +14,7 @@ Also under torchrun. Several machines: --world-size M --rank 0 to M-1, with one 
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def launch(argv, args, device):
         where = ["--nnodes", str(max(machines, 1)), "--node_rank", str(max(machine, 0))]
         where += ["--master_addr", address[1], "--master_port", address[2]]
     where += ["--nproc_per_node", str(processes if args.multiprocessing_distributed else 1)]
+    if hasattr(signal, "SIGUSR1"):
+        where += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     hint = "try another --dist-url"
     try:
         with explained(lambda why: f"the processes cannot meet at {url} ({why}); {hint}", RuntimeError):

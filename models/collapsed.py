@@ -33,7 +33,6 @@ needs sum_t y_t*y^d_t, per channel: that is the inner product of W_d and Q.
 Who computes y_t, its statistics, Q and the spikes is the engine's affair (`models.engines`).
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,7 +41,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from models.engines.interface import Branch, affine, calls
-from models.functional import Clamp, along_channels, per_channel
+from models.functional import Clamp, along_channels, autocast_dtype, per_channel, without_autocast
 from models.neurons import check_collapsed
 from models.records import BranchRecord, InnerRecord, PerBranch, Record, per_branch, stow, unstow
 from models.synchronized import means, normalization
@@ -70,14 +69,12 @@ def collapsed_layer(branches, bn, neuron):
     neuron.project_threshold()
     first = branches[0][1]
     branches = [(*split(linear, train), train) for linear, train in branches]
-    inputs = [
-        PerBranch(train.representation, *affine(linear), *affine(inner)) for linear, inner, train in branches
-    ]
-    device, dtype, plain = neuron.Vth.device.type, neuron.Vth.dtype, nullcontext()
-    if torch.is_autocast_enabled(device):
-        dtype, plain = torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
+    dtype = autocast_dtype(neuron.Vth.device) or neuron.Vth.dtype
     layer = Layer(branches, bn, neuron, first, dtype, needed=torch.is_grad_enabled())
-    with plain:
+    with without_autocast(neuron.Vth.device):  # also for weights that are computed, as parametrizations do
+        inputs = [
+            (train.representation, *affine(linear), *affine(inner)) for linear, inner, train in branches
+        ]
         flat = [tensor for of_branch in inputs for tensor in of_branch]
         mean, representation = CollapsedLayer.apply(layer, neuron.Vth, *affine(bn), *flat)
     return layer.spikes, mean, representation
@@ -116,8 +113,7 @@ class CollapsedLayer(torch.autograd.Function):
                 own.cross = cross_sum(x, engine.unpacked(Q, x.weight.shape), moments.y_mean, neuron.timesteps)
                 Q = Q if wants_Q(layer, branch.linear, need) else None
             record.branches.append(BranchRecord(branch.linear, x.weight, branch.train.mean, Q, own))
-        ctx.engine, ctx.affine = engine, gamma is not None
-        ctx.T = neuron.timesteps  # settings as they are now
+        ctx.engine, ctx.T = engine, neuron.timesteps  # settings as they are now
         ctx.Vth_gain = neuron.Vth_gain if ctx.needs_input_grad[1] else None
         stow(ctx, record)
         ctx.mark_non_differentiable(moments.mean)
@@ -140,8 +136,8 @@ class CollapsedLayer(torch.autograd.Function):
             own = branch.inner is not None
             grads += behind_inner_norm(layer, branch, need) if own else layer.of_branch(branch, need)
         grad_Vth = None if ctx.Vth_gain is None else ctx.Vth_gain * above
-        grad_affine = (T * S2, T * S1) if ctx.affine else (None, None)
-        return None, grad_Vth, *grad_affine, *grads
+        gamma, beta = ctx.needs_input_grad[2:4]
+        return None, grad_Vth, T * S2 if gamma else None, T * S1 if beta else None, *grads
 
 
 @dataclass
@@ -203,7 +199,7 @@ def behind_inner_norm(layer, branch, need):
     def at(y, y_d):
         return A_d + along_channels(c_y, A) * y + along_channels(c_d, A) * y_d
 
-    grads = {"gamma": S2, "beta": S1} if norm.module.affine else {}
+    grads = {"gamma": S2 if need.gamma else None, "beta": S1 if need.beta else None}
     if need.representation:
         grad = at(y_repr, own.y_repr)
         grads["representation"] = engine.transpose(branch.linear, branch.weight, grad, branch.mean)

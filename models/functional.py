@@ -5,6 +5,7 @@ The dynamics stand outside autograd, which only knows `DSR` (and the layers of `
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,18 @@ def membrane(steps, spikes, Vth, firing_point, lam, scale, shift, weights=()):
         for w, (_, spike_sum) in zip(weights, sums):
             spike_sum.add_(fired, alpha=w[t])
     return sums
+
+
+def autocast_dtype(device):
+    """The type of autocast on the device; None where it is off, or unknown, as on `meta`."""
+    known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if known else None
+
+
+def without_autocast(device):
+    """A context in which autocast is off."""
+    on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def leak(tau, delta_t):

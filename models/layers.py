@@ -15,6 +15,7 @@ from torch import nn
 from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
+from models.functional import autocast_dtype
 from models.neurons import Neuron, averaging
 from models.synchronized import synchronize
 from models.trains import DROPOUTS, SpikeTrain
@@ -60,6 +61,9 @@ class SpikingNetwork(nn.Module):
                 raise ValueError(f"unknown {name} {value!r}; choose from: {', '.join(known)}")
         super().__setattr__(name, value)
 
+    def __getstate__(self):
+        return super().__getstate__() | {"_compiled": None}  # loops that are compiled stay in their process
+
     @property
     def _neuron(self):
         """One of the neuron layers (or what stands in for them), which have the same T and precision."""
@@ -95,9 +99,7 @@ class SpikingNetwork(nn.Module):
         """-> (the engine that computes this network on the device, why it is not the event engine)."""
         if self._compiled is not None:
             return self._compiled, "compiled loops are dense"
-        dtype = self._neuron.Vth.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = autocast_dtype(device) or self._neuron.Vth.dtype
         return choose_engine(self.engine, device.type, dtype)
 
     def encode(self, x):

@@ -85,7 +85,7 @@ class Neuron(nn.Module):
         """Currents (T*B, ...), row t*B+b -> spikes of that shape; ValueError unless T divides the rows."""
         if len(currents) % self.timesteps:
             raise ValueError(f"{len(currents)} rows cannot be split into {self.timesteps} time steps")
-        if torch.is_autocast_enabled(currents.device.type) and currents.dtype.itemsize < 4:
+        if currents.dtype.itemsize < 4 and functional.autocast_dtype(currents.device):
             currents = currents.float()  # the potential sums up T currents: too much for half precision
         self.project_threshold()
         currents = currents.unflatten(0, (self.timesteps, -1))
@@ -188,7 +188,7 @@ class ReLU(nn.ReLU):
     timesteps = 1
 
     def decode(self, activations):
-        return activations
+        return activations.float() if activations.dtype.itemsize < 4 else activations
 
 
 def check_settings(**settings):

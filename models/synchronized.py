@@ -17,14 +17,15 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        x, shape = x.float() if x.dtype.itemsize < 4 else x, (-1, *[1] * (x.dim() - 2))
+        dtype, shape = x.dtype, (-1, *[1] * (x.dim() - 2))
+        x = x.float() if dtype.itemsize < 4 else x
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         mean, var, n = self.combine(mean, var, x.numel() // x.shape[1])
         track(self, mean.detach(), var.detach(), n)
         sigma = (var + self.eps).sqrt()
         scale = 1 / sigma if self.weight is None else self.weight / sigma
         x = (x - mean.view(shape)) * scale.view(shape)
-        return x if self.bias is None else x + self.bias.view(shape)
+        return (x if self.bias is None else x + self.bias.view(shape)).to(dtype)
 
     def combine(self, mean, var, n):
         """Mean, variance and number of the values of all processes, from those of each."""
@@ -38,10 +39,13 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def track(bn, mean, var, n):
     """Bring running statistics up to date; n: how many values the mean and the variance are of."""
+    if bn.running_mean is None:
+        return
     bn.num_batches_tracked.add_(1)
+    mean, var = mean.to(bn.running_mean), (var * (n / (n - 1))).to(bn.running_var)
     momentum = 1 / bn.num_batches_tracked.to(mean) if bn.momentum is None else bn.momentum
     bn.running_mean.lerp_(mean, momentum)
-    bn.running_var.lerp_(var * (n / (n - 1)), momentum)
+    bn.running_var.lerp_(var, momentum)
 
 
 class Total(torch.autograd.Function):

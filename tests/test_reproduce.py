@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import time
 from functools import cache
@@ -22,7 +23,7 @@ from cifar.program import get_parser
 from models import create_model
 from tests.forks import ended, fork
 from utils.calibration import calibrate
-from utils.cli import run_program
+from utils.cli import UserError, run_program
 from utils.program import build_model
 from utils.report import fan_out
 
@@ -186,8 +187,12 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(images, tmp_pat
     reproduce.main(argv)
     assert "seed 1, is finished" in capfd.readouterr().out
     assert log.stat().st_mtime < before and len(list(folder.glob("*.txt"))) == 1
-    reproduce.main(["curves", "lif-20_s1", "-c", str(tmp_path / "out"), "--out", str(tmp_path / "c.png")])
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    for name, start in {"c.png": b"\x89PNG", "c.pdf": b"%PDF"}.items():
+        reproduce.main(["curves", "lif-20_s1", "-c", str(tmp_path / "out"), "--out", str(tmp_path / name)])
+        assert (tmp_path / name).read_bytes().startswith(start)
+    shutil.copytree(images, tmp_path / "other" / images.name)
+    with pytest.raises(UserError, match=f"a run on {images}, not .*choose another --checkpoint"):
+        reproduce.main(["run", "depth-lif-20", *flags(tmp_path / "other" / images.name, tmp_path, epochs=3)])
     page = write_table(tmp_path)
     accuracy = float(log.read_text().split()[-1])
     cells = next(line for line in page.splitlines() if "epochs 3 instead of 200" in line).split(" | ")
@@ -302,6 +307,7 @@ def test_report_of_each_program_and_neuron(name, images, tmp_path, capsys):
         model=name, path=str(images), **settings, **({} if "_snn" in name else {"dataset": "imagefolder"})
     )
     args |= dict(image_size=32) if "_snn" in name else {}
+    args["engine"] = "of another machine"  # which this one may not have
     torch.save(dict(epoch=3, state_dict=state, args=args), tmp_path / "x.pth")
     torch.save(dict(state_dict=weights), tmp_path / "ann.pth")
     argv = ["report", str(tmp_path / "x.pth"), "--timesteps", "4", "--limit", "5", "--ann", "ann.pth"]
@@ -342,6 +348,7 @@ MISTAKES = {
     "report {tmp}/snn.pth --bits 1": "--bits",
     "curves nothing --checkpoint {tmp}": "nothing",
     "curves --checkpoint {tmp}": "start one by `run`",
+    "curves --checkpoint results --out {tmp}/curves.txt": ".svg",
     "publish {tmp}/snn.pth x": "--trained_on",
     "publish {tmp}/snn.pth x --trained_on y": "best_acc",
     "report {tmp}/snn.pth --path {tmp}/nowhere": "nowhere",

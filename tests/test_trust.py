@@ -213,6 +213,39 @@ def test_a_signal_stops_after_the_step(number, images, tmp_path):
     assert foreign.load(files_of(out).checkpoint)["epoch"] < 2
 
 
+def test_ctrl_c_while_nobody_reads_the_errors(images, tmp_path):
+    """`2>&1 | tee log`: the same Ctrl-C ends tee, first."""
+
+    def unread():
+        read, write = os.pipe()
+        os.dup2(write, 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        os.close(read)
+
+    out = tmp_path / "out"
+    pid = start(images, out, "--resume auto --epochs 50", unread)
+    until(files_of(out).checkpoint.exists)
+    before = files_of(out).checkpoint.stat().st_mtime_ns
+    os.kill(pid, signal.SIGINT)
+    assert ended(pid) == 128 + signal.SIGINT
+    assert files_of(out).checkpoint.stat().st_mtime_ns > before
+
+
+def test_too_little_shared_memory_gets_one_line():
+    """As torch words it, from a worker that loads data."""
+    text = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    )
+    text += "RuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left on device"
+
+    def fail(_):
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit, match="shared memory.*enlarge /dev/shm, or say --workers 0") as end:
+        run_program(fail)
+    assert len(end.value.code.splitlines()) == 1
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)

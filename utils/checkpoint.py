@@ -45,7 +45,8 @@ def save(content, path, previous=None, write=torch.save):
             draft.unlink(missing_ok=True)  # of a write that failed
         if os.name == "posix":  # put the new names on the disk as well
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with suppress(OSError):  # not every file system can
+                os.fsync(folder)
             os.close(folder)
 
 

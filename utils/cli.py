@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -88,9 +88,11 @@ def run_program(main, argv=None):
         sys.exit(f"error: {error}" if rank == "0" else f"error: process {rank}: {error}")
     except (OSError, MemoryError, RuntimeError) as error:  # a full disk, a name too long, a network too large
         text = str(error) or "out of memory"
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", text):
+        known = re.search(".*(out of memory|can't allocate memory|shared memory).*", text)
+        if isinstance(error, RuntimeError) and not known:
             raise
-        sys.exit(f"error: {text.splitlines()[0]}")
+        hint = "; enlarge /dev/shm, or say --workers 0" if known and known[1] == "shared memory" else ""
+        sys.exit(f"error: {(known or [text.splitlines()[0]])[0]}{hint}")
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name
         warn(f"stopped by {name}; --resume auto goes on from the checkpoint")
@@ -103,7 +105,8 @@ def run_program(main, argv=None):
 def warn(message):
     """One line on stderr, from rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr)
+        with suppress(OSError):  # a pipe that nobody reads any more
+            print(f"warning: {message}", file=sys.stderr)
 
 
 class Preset(NamedTuple):

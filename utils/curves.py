@@ -4,7 +4,16 @@ from itertools import accumulate
 
 from matplotlib.figure import Figure
 
+from utils.checkpoint import save
+from utils.cli import require
 from utils.results import read_scalars
+
+
+def draw(outcomes, file):
+    """Write the figure to a file of the kind that its name ends in."""
+    kind, figure = file.suffix[1:].lower(), plot(outcomes)
+    require(kind in ("png", "pdf", "svg"), f"--out {file}: its name must end in .png, .pdf or .svg")
+    save(figure, file, write=lambda figure, file: figure.savefig(file, format=kind, dpi=120))
 
 
 def plot(outcomes):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets
@@ -67,8 +68,13 @@ def cifar(path, dataset, normalize, **_):
     """CIFAR-10 or CIFAR-100 as torchvision reads it, downloaded on first use."""
     name, test_steps = dataset.__name__.lower(), t.Compose([t.ToTensor(), normalize])
     missing, advice = f"no whole {name} in {path} and no download", f"put {dataset.filename} there"
+    read = partial(dataset, path, transform=augmentation(normalize))
     with explained(lambda why: f"{missing} ({why}); {advice}", OSError, RuntimeError):
-        train = dataset(path, train=True, download=True, transform=augmentation(normalize))
+        try:
+            train = read()
+        except RuntimeError:  # not there, or not whole: one process downloads it, others wait
+            with FileLock(path / ".lock"):
+                train = read(download=True)
         return train, dataset(path, train=False, transform=test_steps)
 
 

@@ -43,8 +43,8 @@ def cifar10dvs(root, timesteps):
 
     def split(held_out, transform=None):
         def belongs(path):
-            index = int(Path(path).stem.rpartition("_")[2])
-            return Path(path) in cached and (index >= FIRST_TEST) == held_out
+            path = Path(path)
+            return path in cached and (int(path.stem.rpartition("_")[2]) >= FIRST_TEST) == held_out
 
         return DatasetFolder(folder, partial(read_frames, timesteps), None, transform, None, belongs)
 

@@ -165,6 +165,8 @@ def validate(args):
     require(not odd, f"{odd}: characters in it that no line can show; choose another name")
     slash, n = "/" in args.name or "\\" in args.name, distributed.world_size()
     require(not slash, f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
+    kept = args.name.endswith(("_best", "_previous"))
+    require(not kept, f"--name {args.name}: the files of another run may be called so; choose another ending")
     low = f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that"
     require(args.Vth == "auto" or args.Vth >= args.Vth_bound, low)
     require(args.momentum or not args.nesterov, "--nesterov needs a --momentum above 0")

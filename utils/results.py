@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from utils import checkpoint, foreign
-from utils.cli import UserError, choose_device, explained, warn
+from utils.cli import UserError, choose_device, explained, require, warn
 from utils.records import RunFiles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +56,19 @@ def epochs_done(files, epochs):
         if content.get("args", {}).get("started") == checkpoint.started(files.arguments):  # not of before
             rows = content.get("log", rows)
     return rows
+
+
+def refuse_others(files, args):
+    """UserError if this run is one of other data or weights: its name has their last parts alone."""
+    try:
+        earlier = dict(json.loads(files.arguments.read_text()))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged
+        return
+    names = ["pre_train", *["path"] * (args.dataset in ("imagefolder", "imagenet"))]
+    for name in names:
+        before, now = Path(str(earlier.get(name))), Path(getattr(args, name))
+        other = before.exists() and now.exists() and not before.samefile(now)
+        require(not other, f"{files.log.stem} is a run on {before}, not {now}; choose another --checkpoint")
 
 
 def add_session(record, device, command):

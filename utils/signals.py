@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 
 from utils.distributed import any_process, rank
 
@@ -28,7 +29,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = number
         if rank() == 0:  # by the system's write: a print may be under way
-            os.write(2, b"\nstopping after this step, with a checkpoint; a second Ctrl-C stops at once\n")
+            with suppress(OSError):  # of `| tee`, which dies of the same Ctrl-C
+                os.write(2, b"\nstopping after this step, with a checkpoint; a second Ctrl-C stops at once\n")
 
     def signal(self):
         """The signal that any process of the run has received, or 0. All must ask at the same points."""

@@ -98,7 +98,11 @@ class Currents:
     def observe(self, wanted):
         """See `interface`. A static image's one step counts T times."""
         zeros = torch.zeros_like(self.neuron.Vth).repeat(self.y.shape[1])  # of the precision of the results
-        mean, var = torch.batch_norm_update_stats(self.y, zeros, zeros.clone(), 0.0)
+        if self.y.device.type in ("cpu", "cuda", "xpu"):
+            mean, var = torch.batch_norm_update_stats(self.y, zeros, zeros.clone(), 0.0)
+        else:  # where there is none
+            var, mean = torch.var_mean(self.y, [0, *range(2, self.y.dim())], correction=0)
+        mean, var = mean.to(zeros.dtype), var.to(zeros.dtype)  # of half precision, GPUs give float32
         n = self.y.numel() // self.y.shape[1] * (self.neuron.timesteps if self.static else 1)
         Qs = [self.Q(branch) if wants else None for branch, wants in zip(self.branches, wanted)]
         return Observation(mean, var, n, Qs)
@@ -106,6 +110,7 @@ class Currents:
     def Q(self, branch):
         """sum_t corr(values_t, y_t)."""
         dtype = self.dtype if isinstance(branch.linear, nn.Conv2d) else self.neuron.Vth.dtype
+        dtype = self.neuron.Vth.dtype if dtype == torch.float16 else dtype  # whose range sums exceed
         x, y = branch.train.spikes.dense(dtype), self.y.to(dtype)
         Q = correlation(branch.linear, branch.weight, x, y).to(self.neuron.Vth.dtype)
         return Q if branch.train.amplitude is None else Q * branch.train.amplitude

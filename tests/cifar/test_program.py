@@ -119,6 +119,8 @@ def test_resume_auto_goes_on_as_if_nothing_had_happened(small, monkeypatch, caps
     assert same(weights(whole), weights(folder))
     assert (folder / f"{STEM}.txt").read_text() == (whole / f"{STEM}.txt").read_text()
     capsys.readouterr()
+    log = (folder / f"{STEM}.txt").read_text().splitlines(keepends=True)
+    (folder / f"{STEM}.txt").write_text("".join(log[:-1]))  # as if killed behind its last checkpoint
     small("--resume auto", out="broken")
     assert "nothing left to train: 2 of 2 epochs are done" in capsys.readouterr().out
     assert (folder / f"{STEM}.txt").read_text() == (whole / f"{STEM}.txt").read_text()
@@ -300,6 +302,7 @@ MISTAKES = {
     "--evaluate --rate_stat 1 --checkpoint {tmp}/file/below": "--checkpoint",
     "--evaluate --rate_stat 1 --model preresnet.resnet20_ann": "ANN",
     "--evaluate --resume auto": "train first",
+    "--name a_best": "ending",
 }
 
 

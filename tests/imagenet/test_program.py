@@ -178,7 +178,8 @@ def test_launch_styles(flags, monkeypatch):
     for name, value in dict(WORLD_SIZE=4, RANK=1, MASTER_ADDR="there", MASTER_PORT=7).items():
         monkeypatch.setenv(name, str(value))
     main([*flags.split(), "--device", "cpu"])
-    assert started == [[*LAUNCHES[flags].split(), MAIN, *flags.split(), "--device", "cpu"]]
+    signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # torchrun's own, and Slurm's
+    assert started == [[*LAUNCHES[flags].split(), *signals, MAIN, *flags.split(), "--device", "cpu"]]
 
 
 def test_published_defaults():

@@ -31,7 +31,8 @@ class HostSynchronizationError(Exception):
 @torch.library.register_fake("aten::batch_norm_update_stats")
 def _statistics(x, running_mean, running_var, momentum):
     """torch has none; its own operations that have one are slower and round to bfloat16 (docs/gpu.md)."""
-    return running_mean.new_empty(x.shape[1]), running_mean.new_empty(x.shape[1])
+    dtype = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # as CUDA's, whatever running_mean is of
+    return running_mean.new_empty(x.shape[1], dtype=dtype), running_mean.new_empty(x.shape[1], dtype=dtype)
 
 
 class Watch(TorchDispatchMode):
@@ -125,11 +126,11 @@ def collect(grads, slot, grad, shape):
         grads[slot] = grad if grads[slot] is None else grads[slot] + grad
 
 
-def step(model, batch=2, bfloat16=False):
+def step(model, batch=2, bfloat16=False, dtype=torch.float32):
     """A training step's passes on the fake GPU, inside `fake_gpu()`. -> parameter -> its gradient"""
     shape = (model.timesteps, 2, 48, 48) if hasattr(model, "classifier") else (3, 32, 32)
     with autocast(bfloat16):
-        logits = model(torch.empty(batch, *shape, device="cuda"))
+        logits = model(torch.empty(batch, *shape, device="cuda", dtype=dtype))
     return backward(F.cross_entropy(logits, torch.empty(batch, dtype=torch.long, device="cuda")))
 
 

@@ -49,6 +49,11 @@ def test_bfloat16(backward):
     assert seen == [torch.bfloat16 if backward == "collapsed" else torch.float32]
 
 
+@pytest.mark.parametrize("backward", ["collapsed", "unrolled"])
+def test_a_network_of_bfloat16(backward):
+    assert_trains_on_the_gpu(network(backward=backward).bfloat16(), dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("mask", ["shared", "step"])
 def test_dropout(mask, recwarn):
     assert_trains_on_the_gpu(network("vgg.vgg11_lif", dropout=0.1, dropout_mask=mask))

@@ -80,6 +80,12 @@ def test_ann_is_a_preact_resnet_with_relus():
     torch.testing.assert_close(model(x), model.bn2(model.linear(out)).relu())
 
 
+def test_an_ann_has_its_loss_in_float32_under_autocast():
+    model = create_model("preresnet.resnet20_ann")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+
+
 def test_where_a_preact_resnet_drops():
     """Before the last convolution of every block, and before the linear layer: as specified, one by one."""
     model = create_model("preresnet.resnet20_ann", dropout=0.4)

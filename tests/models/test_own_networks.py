@@ -1,14 +1,17 @@
 """What networks of users combine and the published ones do not: collapsed as unrolled, or refused."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from models import IFNeuron, LIFNeuron, fit_thresholds
+from models.engines.dense import DenseEngine
 from models.layers import SpikingNetwork, spiking_layer
 from models.neurons import ReLU
 from models.trains import Dropout
@@ -383,6 +386,100 @@ def test_shared_dropout_and_a_pool_of_ones_own_in_half_precision(dtype, backward
     network.backward = backward
     logits, grads, _ = step(network, torch.rand(2, 2, 8, 8, dtype=dtype))
     assert logits.dtype == dtype and all(g.dtype == dtype and g.isfinite().all() for g in grads.values())
+
+
+def test_batch_norms_without_a_bias(float64):
+    own = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    network = Net(more=lambda net, image, train: [(net.extra, train)], extra=own)
+    for norm in (network.bn2, own[1]):
+        norm.register_parameter("bias", None)
+    assert_as_unrolled(network)
+
+
+@pytest.fixture
+def alone():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("change", [lambda network: network, lambda network: network.bfloat16()])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_synchronized_batch_norm_unrolled(change, tracks, alone):
+    """Of one process it is torch's own, also without running statistics and in half precision."""
+    plain = change(Net(bn=nn.BatchNorm2d(8, track_running_stats=tracks)))
+    plain.backward = "unrolled"
+    network, x = copy.deepcopy(plain), torch.randn(4, 2, 8, 8, dtype=plain.bn2.weight.dtype)
+    network.synchronize()
+    with torch.no_grad():
+        assert network(x).dtype == plain(x).dtype == x.dtype
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=2e-2, atol=2e-2)
+
+
+class Blurred(Net):
+    """A fixed convolution in a `map`."""
+
+    def spike(self, image):
+        train = spiking_layer([(self.conv1, image)], self.bn1, self.neuron1)
+        kernel = torch.ones(8, 1, 3, 3) / 9
+        train = train.map(lambda x: nn.functional.conv2d(x, kernel, padding=1, groups=8))
+        return spiking_layer([(self.conv2, train)], self.bn2, self.neuron2)
+
+
+class Flat(Net):
+    """A linear map whose weight is a product of matrices."""
+
+    def __init__(self):
+        linear = nn.utils.parametrizations.orthogonal(nn.Linear(512, 8))
+        super().__init__(conv=linear, bn=nn.BatchNorm1d(8))
+
+    def spike(self, image):
+        train = spiking_layer([(self.conv1, image)], self.bn1, self.neuron1).map(nn.Flatten())
+        return spiking_layer([(self.conv2, train)], self.bn2, self.neuron2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Blurred, Flat])
+def test_maps_and_computed_weights_under_autocast(kind, dtype):
+    """Only spikes and their convolutions are of autocast's type."""
+    network, results = kind(), []
+    for on in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=on):
+            logits = network(torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1)))
+        logits.square().sum().backward()
+        results.append(network.conv1.weight.grad.clone())
+    exact, rounded = results
+    assert rounded.dtype == torch.float32
+    assert nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.9
+
+
+def test_float16_holds_what_is_summed_up():
+    """200 samples of 64 pixels that fire at every step, currents of some tens: sums far above 65,504."""
+    network = Net(conv=nn.Conv2d(8, 8, 1))
+    network.conv2.weight.data.fill_(10.0)
+    network.bn1.bias.data.fill_(1e3)
+    with torch.autocast("cpu", torch.float16):
+        logits = network(torch.randn(200, 2, 8, 8))
+    logits.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_on_a_device_of_shapes_alone():
+    """`meta`, which counts operations and memory, has neither autocast nor all of torch's kernels."""
+    network = Net(make_lif, make_lif).to("meta")
+    logits = network(torch.empty(3, 2, 8, 8, device="meta"))
+    logits.sum().backward()
+    assert logits.shape == (3, 8, 8, 8) and all(p.grad.shape == p.shape for p in network.parameters())
+
+
+def test_a_network_with_compiled_loops_is_stored_without_them():
+    network, x = Net().eval(), torch.randn(2, 2, 8, 8)
+    expected = network(x)
+    network._compiled = DenseEngine(lambda *_: None)  # no pickle holds a function without a name
+    torch.testing.assert_close(pickle.loads(pickle.dumps(network))(x), expected)
 
 
 @pytest.mark.parametrize("engine", available())

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -106,6 +107,18 @@ def test_cifar10_is_read_and_normalised(tmp_path, monkeypatch):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CIFAR10_MEAN, CIFAR10_STD))
     pixels = torch.from_numpy(contents["test_batch"]["data"][2]).view(3, 32, 32)
     torch.testing.assert_close(image, (pixels / 255 - mean) / std)
+
+
+def test_one_process_downloads_cifar10(tmp_path, monkeypatch):
+    def download(_):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".lock", timeout=0).acquire()
+        write_cifar10(tmp_path, monkeypatch)
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", download)
+    assert len(load_data("cifar10", tmp_path).train) == 20
+    with FileLock(tmp_path / ".lock"):  # to read what is there takes no lock: its folder may be another's
+        assert len(load_data("cifar10", tmp_path).train) == 20
 
 
 def test_training_images_are_cropped_and_mirrored(tmp_path, monkeypatch):

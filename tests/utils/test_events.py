@@ -83,6 +83,8 @@ def test_the_split_goes_by_number(root, capsys):
     assert (len(data.train), len(data.test), data.classes) == (6, 4, 2)
     assert sorted(int(path.split("_")[-1][:-4]) for path, _ in data.test.samples) == [900, 900, 1000, 1000]
     assert data.train.classes == ["cat", "ship"] and data.train.targets == [0, 0, 0, 1, 1, 1]
+    (root / "frames" / "T2" / "cat" / ".DS_Store").touch()  # as file managers leave them
+    assert len(load_data("CIFAR10DVS", root, 2).train) == 6
     assert "10 recordings, 2 each" in capsys.readouterr().out
 
 

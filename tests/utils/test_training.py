@@ -4,6 +4,7 @@ import ast
 import math
 import os
 import platform
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,19 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
         checkpoint.save({"state_dict": {}, "epoch": 2}, path, write=disk_full)
     assert foreign.load(path)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["run.pth"]
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def files_alone(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(22, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    checkpoint.save({"state_dict": {}, "epoch": 1}, tmp_path / "run.pth")
+    assert foreign.load(tmp_path / "run.pth")["epoch"] == 1
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
