@@ -57,7 +57,8 @@ def departures(row, args):
     values = {name: Path(args[name]).name if name in files else args[name] for name in names}
     text = "; ".join(f"{name} {value} instead of {expected[name]}" for name, value in values.items())
     stem = "".join(f"_{name}-{Path(str(value)).name}" for name, value in values.items())
-    return text, stem if len(stem) <= 60 else f"_{zlib.crc32(stem.encode()):08x}"
+    plain = len(stem) <= 60 and not stem.endswith(("_best", "_previous"))  # as files of a run end
+    return text, stem if plain else f"_{zlib.crc32(stem.encode()):08x}"
 
 
 def name_of(row, seed, flags):
@@ -254,8 +255,7 @@ def get_parser():
     text = "a spiking network's, or the name of one that comes trained; the report is put beside it"
     add("checkpoint", metavar="CHECKPOINT", help=text)
     add("--timesteps", type=count, nargs="+", default=[], help="also evaluate with these T")
-    bits = number(int, 2, high=32)
-    add("--bits", type=bits, nargs="+", default=[], help="and with weights of so many bits")
+    add("--bits", type=number(int, 2, high=32), nargs="+", default=[], help="and with such weights")
     add("--limit", type=count, help="only so many test images, of all classes")
     add("--ann", help="weights of the ANN of the same shape, for its accuracy")
     add("--thresholds", help="with --ann: thresholds, for the SNN straight after conversion")

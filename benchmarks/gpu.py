@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +29,10 @@ def machine(args):
     """What all figures depend on; fails where there is no GPU."""
     print(step_time.machine(args.device))
     if args.device == "cuda":
+        torch.zeros(1, device="cuda")
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        print(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+        with suppress(OSError):  # not in every container
+            print(subprocess.run(query, capture_output=True, text=True).stdout.strip())
         print(
             "TF32: as torch has it in the tests and the training run; in the steps for -tf32 and -bf16 alone"
         )
@@ -37,7 +40,17 @@ def machine(args):
 
 def acceptance(args):
     """The tests marked gpu; with --smoke one of them, on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=15", "tests/test_gpu.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-v",
+        "--tb=short",
+        "--durations=15",
+        "tests/test_gpu.py",
+    ]
     chosen = ["-n", "0", "-k", "autocast"] if args.smoke else []
     environment = os.environ | dict(DSR_TEST_DEVICE=args.device)
     subprocess.run([*command, *chosen], cwd=ROOT, env=environment, check=True)
@@ -111,9 +124,12 @@ def training(args):
         model, how = SMALL, "--epochs 1 --workers 0 --test-batch 8 --train-batch 8"
     with tempfile.TemporaryDirectory() as folder:  # whose checkpoints are too large to be kept
         flags = f"--dataset {name} --model {model} --device {args.device} {RECIPE} {how}"
-        train([*flags.split(), "--path", str(args.images), "-c", folder], lr=0.05)
-        for ending in (".txt", ".json", ".pdf"):
-            shutil.copy(Path(folder, name, model + ending), args.out / f"training{ending}")
+        try:
+            train([*flags.split(), "--path", str(args.images), "-c", folder], lr=0.05)
+        finally:
+            for ending, to in {".txt": "_log.txt", ".json": ".json", ".pdf": ".pdf"}.items():
+                with suppress(OSError):  # of a run that was stopped before
+                    shutil.copy(Path(folder, name, model + ending), args.out / f"training{to}")
 
 
 def few_digits(*arguments, load=DATASETS["digits"].load, **settings):
@@ -148,11 +164,11 @@ def main():
         "cpu" if args.smoke else "cuda",
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = run_stages({machine: 20}, args, [])
+    lines = run_stages({machine: 30}, args, [])
     no_gpu = f"no GPU can be used here, see {args.out}/machine.txt; --smoke tries all on the CPU"
     if "| done |" not in lines[0]:
         sys.exit(f"error: {no_gpu}")
-    run_stages({acceptance: 180, steps: 140, profile: 45, loader: 35, training: 110}, args, lines)
+    run_stages({acceptance: 170, steps: 130, profile: 45, loader: 30, training: 105}, args, lines)
 
 
 def run_stages(limits, args, lines):
@@ -166,7 +182,10 @@ def run_stages(limits, args, lines):
         how = "done" if process.exitcode == 0 else f"failed, see {stage.__name__}.txt"
         if process.is_alive():
             how = f"stopped after its {limit} s; what it had measured is kept"
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGINT)  # pytest then says what it has found, training saves
+            process.join(5)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
         lines.append(f"| {stage.__name__} | {how} | {time.monotonic() - start:.0f} |")
         print(lines[-1], flush=True)
@@ -179,7 +198,7 @@ def summarize(folder, lines):
     text = (
         (folder / "machine.txt").read_text() + "\n| stage | | s |\n| --- | --- | --- |\n" + "\n".join(lines)
     )
-    for file in ("steps.md", "loader.txt", "training.txt"):
+    for file in ("steps.md", "loader.txt", "training.txt", "training_log.txt"):
         if (folder / file).exists():
             text += f"\n\n## {file}\n\n{(folder / file).read_text()}"
     (folder / "summary.md").write_text(text)

@@ -4,6 +4,7 @@ import gc
 import json
 import statistics
 import time
+from contextlib import suppress
 
 import torch
 
@@ -56,7 +57,9 @@ def measured(variant, settings, T, repeats):
     """Median seconds of a step after three, and its peak memory (on a GPU); or what went wrong."""
     gc.collect()
     if settings.device == "cuda":
-        torch.cuda.empty_cache()
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream, as of graphs
+        with suppress(RuntimeError):  # after a graph whose capture failed
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
         run = step_time.step(variant.removeprefix("graph-"), settings, T)
@@ -80,16 +83,22 @@ def timed(run, device):
 
 def captured(run):
     """The step as a CUDA graph: one launch."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    before.wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    finally:
+        torch.cuda.set_stream(before)  # which a capture that fails leaves behind
+
+    def replay(_step=run):  # keeps the tensors that the graph reads and writes
+        graph.replay()
+
+    return replay
 
 
 def table(rows):

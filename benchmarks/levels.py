@@ -64,7 +64,7 @@ def levels_model(name, *, timesteps, **settings):
 
 def fit_thresholds(model, batches, apply):
     """The fits of the SNN of the same weights, which is what its thresholds start at."""
-    spiking = model.spiking()
+    spiking = model.spiking().to(next(model.parameters()).device)
     spiking.load_state_dict(model.state_dict())
     return models.fit_thresholds(spiking.train(), batches, apply=False)
 

@@ -31,4 +31,5 @@ def run_row(script, description, argv, *, suffix, neurons, create_model, fit_thr
     how = dict(device=choose_device(args.device), fixed=reproduce.cifar.get_parser().fixed)
     with alone(files):
         results.add_session(files.session, args.device, command)
-    program.run(args, files=files, **how, create_model=create_model, fit_thresholds=fit_thresholds)
+    how |= dict(create_model=create_model, fit_thresholds=fit_thresholds)
+    program.run(args, files=files, transfer=True, **how)

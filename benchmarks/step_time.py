@@ -98,6 +98,7 @@ def build(variant, args, timesteps):
 def step(variant, args, timesteps, model=None):
     """A function that does one training step (or a forward pass, with --inference) of the variant."""
     torch.manual_seed(1)
+    torch.backends.cudnn.benchmark = True  # as the programs have it
     entry = registry.NETWORKS[args.model]
     frames = entry.inputs == "event frames"
     shape = (timesteps, *entry.shape) if frames else (3, args.image_size, args.image_size)
@@ -166,14 +167,14 @@ def print_firing_rates(args, timesteps):
 
 
 def floor(args, timesteps, x):
-    """The convolutions of all steps (the stem's of one, if the image is static), channels_last."""
+    """The convolutions of all steps (the stem's of one, if the image is static), channels_last, float32."""
     model, calls = create_model(args.model, timesteps=timesteps, dropout=0.0, backward="unrolled"), []
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
 
-    def record(conv, inputs, output):
+    def record(conv, inputs, _output):
         rows = args.batch if conv is first and x.dim() == 4 else timesteps * args.batch
         shape = rows, *inputs[0].shape[1:]
-        calls.append((conv, shape, (rows, *output.shape[1:])))
+        calls.append((conv, shape))
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -181,15 +182,13 @@ def floor(args, timesteps, x):
     with torch.no_grad():
         model(x[:1].cpu())
     layout = dict(device=args.device, memory_format=torch.channels_last)
-    calls = [
-        (c.to(args.device), torch.empty(i, **layout).normal_(), torch.empty(o, **layout)) for c, i, o in calls
-    ]
+    calls = [(conv.to(args.device), torch.empty(shape, **layout).normal_()) for conv, shape in calls]
 
     @torch.no_grad()
     def run():
-        for conv, x, out in calls:
-            geometry = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
-            torch.ops.aten.convolution.out(x, conv.weight, conv.bias, *geometry, out=out)
+        with arithmetic("floor", args.device):
+            for conv, x in calls:
+                conv._conv_forward(x, conv.weight, conv.bias)  # without the hook
 
     return run
 
@@ -344,7 +343,7 @@ def main(argv=None):
             print(f"| {variant:22} | {figures} |", flush=True)
     if args.json:
         Path(args.json).write_text(
-            json.dumps(dict(machine=machine(args.device), args=vars(args), rows=rows), indent=1)
+            json.dumps(dict(machine=machine(args.device), args=vars(args), rows=rows), indent=1, default=str)
         )
     if args.sweep:
         draw(rows, args)

@@ -160,6 +160,8 @@ def train(cell, options):
     try:
         cifar.main(argv)
     except UserError as error:  # such as a loss that is NaN: a result as well
+        if not re.search("is (nan|-?inf|not finite)", str(error)):
+            raise
         return dict(failed=str(error))
     args = cifar.get_parser().parse(argv)
     files = cifar.run_files(args)

@@ -84,7 +84,8 @@ def main(argv=None):
     model = load_network(content, source, len(classes), backward="unrolled")
     trained_on = made.get("trained_on", f"{made['dataset']} from {made.get('path')}")
     about = f"{made['model']}, T={model.timesteps}, trained on {trained_on}"
-    print(f"{source.stem}: {about}, {foreign.number(content.get('acc')):.2f} % right there")
+    right = f"{foreign.number(content.get('acc')):.2f} % right there"
+    print(f"{source.stem}: {about}, {'stopped within an epoch' if content['iteration'] else right}")
     own = made["dataset"] == "imagefolder" and "trained_on" not in made  # which its test saw squeezed
     for file in pictures(args.pictures):
         predict(model, classes, file, SQUEEZED if own else SEE)

@@ -154,6 +154,12 @@ def test_a_preset_builds_and_trains_a_step(row):
     assert has_thresholds == (bool(args.train_Vth) and args.model.endswith(("_if", "_lif")))
 
 
+def test_no_name_of_a_run_ends_like_a_file_of_another():
+    for path in ("x_best", "x_previous"):
+        name = reproduce.name_of("latency-lif-t5", 1, ["--dataset", "imagefolder", "--path", path])
+        assert not name.endswith(path)
+
+
 def flags(images, tmp_path, epochs):
     text = (
         f"--dataset imagefolder --path {images} --checkpoint {tmp_path}/out --epochs {epochs} --timesteps 2"

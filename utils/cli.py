@@ -80,6 +80,8 @@ def explained(explain, *kinds):
 def run_program(main, argv=None):
     """Call `main(argv)`; a UserError or a signal ends the program with one line and a non-zero status."""
     rank = os.environ.get("RANK", "0")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be text
     try:
         main(argv)
     except UserError as error:
@@ -88,10 +90,10 @@ def run_program(main, argv=None):
         sys.exit(f"error: {error}" if rank == "0" else f"error: process {rank}: {error}")
     except (OSError, MemoryError, RuntimeError) as error:  # a full disk, a name too long, a network too large
         text = str(error) or "out of memory"
-        known = re.search(".*(out of memory|can't allocate memory|shared memory).*", text)
+        known = re.search(".*(out of memory|can't allocate memory|(out of|allocate) shared memory).*", text)
         if isinstance(error, RuntimeError) and not known:
             raise
-        hint = "; enlarge /dev/shm, or say --workers 0" if known and known[1] == "shared memory" else ""
+        hint = "; enlarge /dev/shm, or say --workers 0" if known and known[2] else ""
         sys.exit(f"error: {(known or [text.splitlines()[0]])[0]}{hint}")
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name

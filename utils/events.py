@@ -31,15 +31,21 @@ def cifar10dvs(root, timesteps):
     are built. Raises UserError for files that are missing or damaged.
     """
     root = root.expanduser()
-    make_folder(root, "--path")
     events, folder = root / "events", root / "frames" / f"T{timesteps}"
-    with FileLock(root / ".lock"):  # a killed process leaves no lock behind
-        if not events.is_dir():
-            unpack(root, events)
+
+    def look():
+        """Cache file -> its recording; and the pairs of which the frames lack or are older."""
         cached = {folder / file.parent.name / f"{file.stem}.npy": file for file in events.glob("*/*.aedat")}
         age = {frames: frames.stat().st_mtime_ns if frames.exists() else 0 for frames in cached}
-        stale = {frames: file for frames, file in cached.items() if age[frames] < file.stat().st_mtime_ns}
-        build_frames(list(stale.items()), timesteps)
+        return cached, [pair for pair in cached.items() if age[pair[0]] < pair[1].stat().st_mtime_ns]
+
+    if not events.is_dir() or look()[1]:  # else nothing is to be written
+        make_folder(root, "--path")
+        with FileLock(root / ".lock"):  # a killed process leaves no lock behind
+            if not events.is_dir():
+                unpack(root, events)
+            build_frames(look()[1], timesteps)
+    cached, _ = look()
 
     def split(held_out, transform=None):
         def belongs(path):

@@ -14,7 +14,7 @@ from utils.cli import UserError, explained, is_line, number, require, warn
 from utils.data import load_data, test_loader, train_loader
 from utils.records import alone
 from utils.statistics import neuron_layers
-from utils.thresholds import start_thresholds
+from utils.thresholds import compare_neurons, start_thresholds
 from utils.training import Run, autocast, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
@@ -221,8 +221,9 @@ def start_from(args, files, model, classes):
     """Copy the weights of --pre_train, for `classes` see `load_weights`, and the thresholds of --load_Vth."""
     if args.pre_train:
         path = checkpoint.find(args.pre_train, files.folder)
-        weights = foreign.load(path)["state_dict"]
-        checkpoint.load_weights(model, weights, path, optional=("Vth",), classes=classes)
+        content = foreign.load(path)
+        checkpoint.load_weights(model, content["state_dict"], path, optional=("Vth",), classes=classes)
+        compare_neurons(args, model, content, path)
     if getattr(args, "load_Vth", ""):
         load_thresholds(model, checkpoint.find(args.load_Vth, files.folder))
 

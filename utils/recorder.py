@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.cli import Parser, explained, number, require, run_program
 
@@ -73,8 +74,9 @@ def main(argv=None):
     with explained(lambda why: f"cannot record {args.images} ({why}); {expected}", OSError):
         shutil.rmtree(draft, ignore_errors=True)
         for split, first, count in (("train", 0, args.train), ("test", 900, args.test)):
-            for folder in sorted((args.images / split).iterdir()):
-                files = sorted(folder.iterdir())[:count]
+            for folder in sorted(filter(Path.is_dir, (args.images / split).iterdir())):
+                files = [file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS]
+                files = sorted(files)[:count]
                 for index, file in enumerate(files, start=first):
                     path = draft / folder.name / f"cifar10_{folder.name}_{index}.aedat"
                     write_aedat(path, *record(Image.open(file), seed=index))

@@ -37,6 +37,7 @@ class Counter:
 
     def __init__(self, model):
         self.names = {module: published_name(name) for name, module in model.named_modules()}
+        self.timesteps = model.timesteps
         self.sums, self.units = defaultdict(partial(defaultdict, float)), WeakTensorKeyDictionary()
 
     def __call__(self, module, inputs, output):
@@ -49,8 +50,10 @@ class Counter:
             synapses = fan_out(module, x, output)
             self.sums["dense"][name] = float(synapses.sum())
             arrived = x != 0 if unit is None else (x / unit).round()
-            kind = "real" if unit is None else "spikes"
-            self.sums[kind][name] += float((arrived.sum(0).double() * synapses).sum())
+            kind, T = "real" if unit is None else "spikes", self.timesteps
+            steps = x.unflatten(0, (T, -1))
+            once = T if kind == "real" and (steps == steps[:1]).all() else 1  # for all steps of a still image
+            self.sums[kind][name] += float((arrived.sum(0).double() * synapses).sum()) / once
         elif unit is not None and isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
             if size := window(module, x, output):
                 self.units[output] = unit / size
@@ -58,7 +61,7 @@ class Counter:
             self.units[output] = unit
 
     def count_neurons(self, neuron, name, x, spikes):
-        expected = (neuron.gain * neuron.decode(x)).clamp(min=0).minimum(neuron.amplitude)
+        expected = (neuron.gain * neuron.decode(x)).clamp(min=0).minimum(neuron.gain * neuron.ceiling)
         error = (neuron.decode(spikes) - expected).abs().double()
         found = dict(fired=spikes.count_nonzero(), possible=spikes.numel(), neurons=error.numel())
         found |= dict(error=error.sum(), relative=error.sum() / neuron.amplitude)
@@ -112,8 +115,7 @@ class Measurement:
         self.errors = {layer: error / neurons[layer] for layer, error in sums["error"].items()}
         self.relative = {layer: error / neurons[layer] for layer, error in sums["relative"].items()}
         self.accumulates = sum(sums["spikes"].values()) / self.images
-        repeats = self.timesteps if images.dim() in (2, 4) else 1  # of an input that stays
-        self.multiplies = sum(sums["real"].values()) / self.images / repeats
+        self.multiplies = sum(sums["real"].values()) / self.images
         self.dense = sum(sums["dense"].values())  # multiply-accumulates of the ANN of the same shape
         self.energy = ACCUMULATE * self.accumulates + MULTIPLY_ACCUMULATE * self.multiplies
         self.dense_energy = MULTIPLY_ACCUMULATE * self.dense

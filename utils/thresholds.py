@@ -1,4 +1,4 @@
-"""The thresholds that a run starts with, fitted to its data; the table of them and the warnings."""
+"""The thresholds a run starts with, fitted to its data or brought along; their table and the warnings."""
 
 import torch
 
@@ -74,3 +74,16 @@ def warn_of_thresholds(fits, applied):
     if poor and not applied:
         what = f"{len(poor)} of {len(fits)} layers lose more than half of what their currents represent"
         warn(f"{what}: {few(poor)}; --Vth auto starts every layer at a threshold that fits the data")
+
+
+def compare_neurons(args, model, content, path):
+    """Warn if --pre_train has brought thresholds of other neurons than those of the flags."""
+    settings = [("model", "alpha", *neuron.time_constants) for _, neuron in neuron_layers(model)][:1]
+    chosen = args.Vth == "auto" or getattr(args, "load_Vth", "")  # then they are not what counts
+    if chosen or not settings or not any(key.endswith("Vth") for key in content["state_dict"]):
+        return
+    earlier, now = content["args"] if isinstance(content.get("args"), dict) else {}, vars(args)
+    known = [name for name in settings[0] if name in earlier and foreign.is_plain(earlier[name])]
+    if differing := [name for name in known if earlier[name] != now[name]]:
+        text = "; ".join(f"{name} {str(earlier[name])[:60]}, now {now[name]}" for name in differing)
+        warn(f"{path} has thresholds for {text}; --Vth auto fits others")

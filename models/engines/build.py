@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -41,8 +42,9 @@ def find_kernels():
         return ctypes.CDLL(str(library)), None
     except Timeout:
         return None, f"another process has been building it for {WAIT} s"
-    except (ImportError, OSError, RuntimeError) as error:
-        return None, (str(error).splitlines() or ["its build failed"])[0]
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        lines = str(error).splitlines() or ["its build failed"]  # of torch, which shows the command first
+        return None, next((line for line in lines if " error: " in line), lines[0])
 
 
 def build(loader, library, march):
@@ -51,7 +53,8 @@ def build(loader, library, march):
     if shutil.which(compiler) is None:
         raise RuntimeError(f"no C++ compiler: {compiler} was not found")
     own = library.with_name(f"{platform.node()}_{os.getpid()}")
-    own.mkdir(exist_ok=True)
+    shutil.rmtree(own, ignore_errors=True)  # of a process that was killed in it, with torch's lock
+    own.mkdir()
     print("building the event engine, once: ", end="", flush=True, file=sys.stderr)
     start, path = time.perf_counter(), os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])  # pip's ninja

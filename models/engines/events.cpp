@@ -86,7 +86,7 @@ template <class M, class V> inline V where(M mask, V x) { return (V)(mask & (M)x
 template <class F> inline Mask<F> lanes_of(uint32_t bits) {
   Mask<F> powers;
   for (int i = 0; i < LANES<F>; i++) powers[i] = 1 << i;
-  return ((Mask<F>{} + bits) & powers) != 0;
+  return ((Mask<F>{} + std::conditional_t<sizeof(F) == 4, int32_t, int64_t>(bits)) & powers) != 0;
 }
 template <class F> inline uint32_t bits_of(Mask<F> mask) {
 #ifdef __AVX2__
@@ -655,20 +655,29 @@ void list(const uint16_t* bits, const int64_t* base, uint32_t* ptr_, uint16_t* a
 }
 }  // namespace
 
-// ---- what Python calls, for float (f32) and double (f64) --------------------------------------------------------------------
+// ---- what Python calls, for float (f32) and double (f64): 0, or 1 without memory ---------------------------------------------
+template <class Body> int done(Body body) {
+  try { body(); return 0; } catch (...) { return 1; }
+}
 #define EXPORT(F, f)                                                                                                  \
-  void statistics_##f(const Layer<F>* L, F* mean, F* var) {                                                           \
-    L->OB == 32 ? pass_a<F, 32>(*L, mean, var) : pass_a<F, 16>(*L, mean, var);                                        \
+  int statistics_##f(const Layer<F>* L, F* mean, F* var) {                                                            \
+    return done([&] { L->OB == 32 ? pass_a<F, 32>(*L, mean, var) : pass_a<F, 16>(*L, mean, var); });                  \
   }                                                                                                                   \
-  void fire_##f(const Layer<F>* L, const Firing<F>* k) { L->OB == 32 ? pass_b<F, 32>(*L, *k) : pass_b<F, 16>(*L, *k); } \
-  void clamp_sums_##f(const Clamp<F>* k, const F* y_mean, const F* mu, F* sums) { clamp_sums(*k, y_mean, mu, sums); } \
-  void gradient_##f(const Clamp<F>* k, const F* a, const F* d, const F* c, const F* x, double times, F* constant, F* out) { \
-    gradient(*k, a, d, c, x, times, constant, out);                                                                   \
+  int fire_##f(const Layer<F>* L, const Firing<F>* k) {                                                               \
+    return done([&] { L->OB == 32 ? pass_b<F, 32>(*L, *k) : pass_b<F, 16>(*L, *k); });                                \
+  }                                                                                                                   \
+  int clamp_sums_##f(const Clamp<F>* k, const F* y_mean, const F* mu, F* sums) {                                      \
+    return done([&] { clamp_sums(*k, y_mean, mu, sums); });                                                           \
+  }                                                                                                                   \
+  int gradient_##f(const Clamp<F>* k, const F* a, const F* d, const F* c, const F* x, double times, F* constant, F* out) { \
+    return done([&] { gradient(*k, a, d, c, x, times, constant, out); });                                             \
   }
 extern "C" {
 EXPORT(float, f32)
 EXPORT(double, f64)
-void count_spikes(const uint16_t* bits, int64_t* base, int64_t N, int64_t words) { count(bits, base, N, words); }
-void list_spikes(const uint16_t* bits, const int64_t* base, uint32_t* ptr, uint16_t* active, int64_t N, int64_t H,
-                 int64_t W, int64_t words) { list(bits, base, ptr, active, N, H, W, words); }
+int count_spikes(const uint16_t* bits, int64_t* base, int64_t N, int64_t words) {
+  return done([&] { count(bits, base, N, words); });
+}
+int list_spikes(const uint16_t* bits, const int64_t* base, uint32_t* ptr, uint16_t* active, int64_t N, int64_t H, int64_t W,
+                int64_t words) { return done([&] { list(bits, base, ptr, active, N, H, W, words); }); }
 }

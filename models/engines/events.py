@@ -93,9 +93,7 @@ class EventEngine(dense.DenseEngine):
             return super().weight_gradient(linear, weight, x, grad, scaled_Qs)
         inputs, outputs = whole_words(x), whole_words(grad)
         layer = KernelLayer(self.kernels, outputs.shape, 1, [weight], outputs)
-        Q = self.sum_of(scaled_Qs, layer)
-        if Q is None:
-            Q = layer.new_Q(weight, inputs.shape[-1])
+        Q = layer.new_Q(weight, inputs.shape[-1], self.sum_of(scaled_Qs, layer))
         layer.add(inputs.shape, linear, values=inputs, Q=Q)
         layer.add(outputs.shape, values=outputs)
         layer.tile(TILE_GRADIENT, 1)
@@ -114,7 +112,7 @@ class EventEngine(dense.DenseEngine):
         """sum c*Q in the form in which a weight's gradient is added to it, or None."""
         total = None
         for c, Q in scaled_Qs:
-            layer.block, layer.split = Q.blocks.shape[-1], len(Q.blocks) < layer.threads
+            layer.block = Q.blocks.shape[-1]
             scaled = Q.blocks * filled_up(c * Q.amplitude, layer.channels).view(-1, 1, layer.block)
             total = scaled if total is None else total.add_(scaled)
         return total
@@ -229,6 +227,8 @@ class Currents:
         n = self.layer.images * self.layer.height * self.layer.width
         self.layer.keep(self.spikes)
         mean, var = (v[: self.shape[1]] for v in self.layer.statistics())
+        for Q in filter(None, Qs):  # which is kept until the backward pass: one copy, of however many threads
+            Q.blocks = Q.blocks.sum(0, keepdim=True) if len(Q.blocks) > 1 else Q.blocks
         return Observation(mean, var, n, Qs)
 
     def fire(self, scale, shift, needed):

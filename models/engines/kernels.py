@@ -60,7 +60,8 @@ class Kernels:
         if like is not None:
             name += "_f64" if like.dtype == torch.float64 else "_f32"
         function = getattr(self.library, name)
-        function(*[POINTER(x.data_ptr()) if torch.is_tensor(x) else x for x in arguments])
+        if function(*[POINTER(x.data_ptr()) if torch.is_tensor(x) else x for x in arguments]):
+            raise MemoryError("out of memory in the event engine")
 
 
 class Spikes:
@@ -138,10 +139,12 @@ class KernelLayer:
         self.branches.append(BranchArguments(**pointers, **numbers))
         self.kept.append(tensors)
 
-    def new_Q(self, weight, inputs):
-        """Zeros for a Q of `inputs` channels, whole words."""
+    def new_Q(self, weight, inputs, first=None):
+        """For a Q of `inputs` channels, whole words, that threads add to: zeros but for the `first` copy."""
         rows, copies = inputs * weight[0, 0].numel(), 1 if self.split else self.threads
-        return self.like.new_zeros(copies, self.channels // self.block, rows, self.block)
+        if first is None:
+            return self.like.new_zeros(copies, self.channels // self.block, rows, self.block)
+        return first if copies == 1 else torch.cat([first, first.new_zeros(copies - 1, *first.shape[1:])])
 
     def tile(self, of_a, of_b):
         """Choose the tiles of the passes: so many outputs."""

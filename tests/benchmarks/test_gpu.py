@@ -25,7 +25,8 @@ def test_the_smoke_run_leaves_every_table_and_picture(tmp_path):
     assert {"unrolled-bf16", "dense-bf16", "ann", "floor"} <= rows.keys()
     assert all(row["slowest"] >= row["seconds"] > 0 for row in rows.values())
     assert f"{1000 * rows['dense-bf16']['seconds']:.1f} |" in summary
-    header, row = (tmp_path / "out/training.txt").read_text().splitlines()
+    assert " images/s\n" in (tmp_path / "out/training.txt").read_text()
+    header, row = (tmp_path / "out/training_log.txt").read_text().splitlines()
     assert header.startswith("Learning Rate\tTrain Loss") and row.startswith("0.050000\t")
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert {"steps.png", "training.pdf", "training.json", "loader.json", "kernels.json"} <= files.keys()

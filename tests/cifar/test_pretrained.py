@@ -1,6 +1,7 @@
 """Networks that come trained, and a tiny one made here: they load, and get right what they are said to."""
 
 import json
+import os
 import shlex
 import shutil
 import tarfile
@@ -14,8 +15,9 @@ import hubconf
 import reproduce
 from cifar import main_single_gpu, predict
 from tests.conftest import write_images
+from tests.forks import ended, fork
 from utils import checkpoint
-from utils.cli import UserError
+from utils.cli import UserError, run_program
 from utils.data import CIFAR10
 from utils.pretrained import count_correct
 
@@ -139,6 +141,23 @@ def test_predict_by_a_run_of_ones_own(tiny, capsys):
     assert own.startswith(log.stem) and f"trained on imagefolder from {tiny.parent / 'images'}" in own
     predict.main(["--network", "tiny_lif", picture])
     assert capsys.readouterr().out.splitlines() == [published, *same]
+
+
+def test_predict_by_a_run_that_is_under_way(tiny, tmp_path, capsys):
+    (log,) = (tiny.parent / "out" / "imagefolder").glob("*.txt")
+    content = torch.load(log.with_suffix(".pth"), weights_only=True)
+    torch.save(content | dict(iteration=1, acc=-1.0, epoch=0), tmp_path / "early.pth")
+    predict.main(["--network", str(tmp_path / "early.pth"), str(tiny.parent / "images/test/red/0.png")])
+    assert capsys.readouterr().out.splitlines()[0].endswith("stopped within an epoch")
+
+
+def test_predict_a_picture_whose_name_is_no_text(tiny, tmp_path):
+    """As an archive from a machine with another encoding leaves it."""
+    picture = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(tiny.parent / "images" / "test" / "red" / "0.png", picture)
+    pid = fork(lambda: run_program(predict.main, ["--network", "tiny_lif", str(picture)]), tmp_path / "said")
+    assert ended(pid) == 0
+    assert "caf\\udce9.png: " in (tmp_path / "said").read_text()
 
 
 def test_a_run_of_ones_own_sees_what_its_test_saw(tiny, tmp_path, capsys):

@@ -472,6 +472,21 @@ def test_training_leaves_half_of_a_fitted_threshold():
     assert [Vth.item() for Vth in thresholds.values()] == pytest.approx([0.05, 0.2])
 
 
+def test_thresholds_of_other_neurons_are_named(small, capsys):
+    """IF and LIF have state-dicts of the same names."""
+    start = f"--pre_train {small('--epochs 1') / STEM}.pth --evaluate"
+    capsys.readouterr()
+    for flags, said in {
+        f"{start} --model preresnet.resnet20_if": f"model {STEM}, now preresnet.resnet20_if; --Vth auto",
+        f"{start} --delta_t 0.1": "delta_t 0.2, now 0.1; --Vth auto fits others",
+        f"{start} --delta_t 0.1 --Vth auto": "",
+        f"{start} --timesteps 3": "",
+    }.items():
+        small(flags)
+        warning = capsys.readouterr().err
+        assert said in warning and ("has thresholds for" in warning) == bool(said)
+
+
 def test_starts_from_the_weights_of_an_ann(small, tmp_path):
     torch.manual_seed(0)
     ann = create_model("preresnet.resnet20_ann", num_classes=2).state_dict()

@@ -1,6 +1,7 @@
 """The contract of engines: the event engine against the dense one, in float64, layer by layer."""
 
 import copy
+import ctypes
 import itertools
 import math
 import os
@@ -211,6 +212,32 @@ def test_networks_repeat_bit_by_bit_and_agree(backward, threads, float64):
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_threads(channels, four_threads, float64):
+    """Four threads add to copies of Q, but for large weights, of which they share the channels."""
+    layer = [nn.Conv2d(channels, channels, 3, padding=1)], nn.BatchNorm2d(channels), NEURONS["lif"](3)
+    train = spike_train(3, 8, (channels, 5, 6), 0.1, events())
+    out = spiking_layer(list(zip(layer[0], [train])), *layer[1:])
+    kept = sum(tensor.numel() for tensor in out.representation.grad_fn.saved_tensors)
+    assert kept < 1.5 * (layer[0][0].weight.numel() * 2 + 4 * train.mean.numel())
+    assert_engines_agree(layer, lambda engine, k: spike_train(3, 8, (channels, 5, 6), 0.1, engine))
+
+
+def test_a_lack_of_memory_in_a_kernel_is_an_error():
+    x = torch.zeros(1)
+    arguments = kernels.ClampArguments(M=0, C=2**58)  # more sums than there can be
+    with pytest.raises(MemoryError, match="event engine"):
+        events().kernels("clamp_sums", x, ctypes.byref(arguments), x, x, x)
+
+
 def test_spikes_are_counted_and_given_in_parts(float64):
     train = spike_train(4, 3, (20, 5, 6), 0.2, events())
     dense = train.spikes.dense()
@@ -225,12 +252,20 @@ def test_two_processes_build_once_and_without_a_compiler_the_dense_engine_runs(t
     start = dict(cwd=Path(build.SOURCE).parents[2], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     lost = subprocess.run([sys.executable, "-c", code], env=dict(environment, CXX="/nowhere/c++"), **start)
     assert "None no C++ compiler" in lost.stdout
+    broken = tmp_path / "c++"  # as one is on a machine where only its name is installed
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    lost = subprocess.run([sys.executable, "-c", code], env=dict(environment, CXX=str(broken)), **start)
+    assert lost.stdout.startswith("None ") and lost.returncode == 0, lost.stderr
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment, **start) for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert len({out for out, _ in outputs}) == 1 and ".so" in outputs[0][0]
     assert sum("building the event engine, once" in err for _, err in outputs) == 1
     (library,) = tmp_path.rglob("*.so")
     assert library.name == "dsr_events.so"
+    wrong = dict(environment, DSR_MARCH="no-such-cpu")
+    lost = subprocess.run([sys.executable, "-c", code], env=wrong, **start)
+    assert "error: " in lost.stdout and "no-such-cpu" in lost.stdout and len(lost.stdout.splitlines()) == 1
     library.write_bytes(b"built elsewhere")
     lost = subprocess.run([sys.executable, "-c", code], env=environment, **start)
     assert lost.stdout.startswith(f"None {library}: ")

@@ -88,6 +88,12 @@ def test_the_split_goes_by_number(root, capsys):
     assert "10 recordings, 2 each" in capsys.readouterr().out
 
 
+def test_a_folder_of_someone_else_is_read(root, monkeypatch):
+    load_data("CIFAR10DVS", root, 2)
+    monkeypatch.setattr("utils.events.make_folder", lambda folder, flag: pytest.fail(f"wrote to {folder}"))
+    assert len(load_data("CIFAR10DVS", root, 2).train) == 6
+
+
 def test_building_leaves_the_global_generator_alone(root):
     state = torch.get_rng_state()
     load_data("CIFAR10DVS", root, 2)
@@ -266,13 +272,15 @@ def test_the_recorder_as_a_command(images, tmp_path, capsys):
         run_program(recorder, [str(tmp_path / "nowhere"), str(tmp_path / "out")])
     assert end.value.code.startswith("error: cannot record") and "\n" not in end.value.code
     assert not (tmp_path / "out").exists()
-    (images / "test" / "red" / "Thumbs.db").write_bytes(b"no image")
+    for stray in ("test/red/Thumbs.db", "test/.DS_Store"):  # as file managers leave them
+        (images / stray).write_bytes(b"no image")
+    (images / "test" / "red" / "bad.png").write_bytes(b"no image")
     argv = [str(images), str(tmp_path / "out"), "--train", "1", "--test", "4"]
     with pytest.raises(SystemExit) as end:
         run_program(recorder, argv)
-    assert "Thumbs.db" in end.value.code
+    assert "bad.png" in end.value.code
     assert not (tmp_path / "out" / "events").exists()  # half a data set would pass for a whole one
-    (images / "test" / "red" / "Thumbs.db").unlink()
+    (images / "test" / "red" / "bad.png").unlink()
     run_program(recorder, argv)
     assert len(list((tmp_path / "out").rglob("*.aedat"))) == 2 + 6
 

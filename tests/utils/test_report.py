@@ -79,6 +79,27 @@ def test_vectors_stay_as_images_do():
     assert (m.multiplies, m.dense) == (4.5, 6)
 
 
+def test_values_that_are_no_spikes_count_at_every_step():
+    """A map that the report does not know, behind a neuron that fires at the second of two steps alone."""
+    model = TwoLayers(lambda: IFNeuron(timesteps=2, Vth=1.0, alpha=1.0), lambda x: x * 1.0, 8)
+    m = Measurement(model, [(torch.full((1, 1, 2, 2), 0.6), torch.zeros(1))], timed=False)
+    assert m.accumulates == 0
+    assert m.multiplies == 4 * 8 + 4 * 3  # the image's pixels once; four spikes at three synapses
+
+
+class Low(IFNeuron):
+    """Its map is cut off at half of what a spike at every step represents."""
+
+    ceiling = property(lambda self: 0.5 * self.Vth)
+
+
+def test_representation_error_below_a_ceiling_of_ones_own():
+    """Currents of 0.9 fire at both steps, which represent 1; expected is 0.5 at each of four pixels."""
+    model = TwoLayers(lambda: Low(timesteps=2, Vth=1.0, alpha=0.5), nn.Identity(), 8)
+    m = Measurement(model, [(torch.full((1, 1, 2, 2), 0.9), torch.zeros(1))], timed=False)
+    assert m.errors["relu1"] == pytest.approx(0.5 * 4 / 8)
+
+
 def test_equal_logits_are_ranked_as_in_training():
     """Which of them comes first is the choice of torch's topk."""
     model = TwoLayers(lambda: IFNeuron(timesteps=2, Vth=1.0), nn.Identity(), 8)
