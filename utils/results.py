@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def days(cost, T):
     """What a run of `cost` PMAC takes on 2 cores by the read-me's ResNet-18 LIF; T=1: by its ANN."""
-    step = 0.192 if T == 1 else 0.194 + (0.387 - 0.194) * (T - 5) / 15  # s for 8 images; at T=5 and 20
+    step = 0.167 if T == 1 else 0.225 + (0.360 - 0.225) * (T - 5) / 15  # s for 8 images; at T=5 and 20
     return cost * 1e15 / (8 * T * 0.48e9) * step / 86400  # 0.48 GMAC an image and time step
 
 
