@@ -33,7 +33,7 @@ from utils.cli import Parser, choose_device, number, refuse, require, run_progra
 from utils.data import load_data
 from utils.program import build_model, count, load
 from utils.quantized import round_weights
-from utils.records import alone
+from utils.records import TAKEN, alone
 
 PROGRAMS = dict.fromkeys(cifar.ROWS, cifar) | dict.fromkeys(imagenet.ROWS, imagenet)
 ROWS = cifar.ROWS | imagenet.ROWS
@@ -57,7 +57,7 @@ def departures(row, args):
     values = {name: Path(args[name]).name if name in files else args[name] for name in names}
     text = "; ".join(f"{name} {value} instead of {expected[name]}" for name, value in values.items())
     stem = "".join(f"_{name}-{Path(str(value)).name}" for name, value in values.items())
-    plain = len(stem) <= 60 and not stem.endswith(("_best", "_previous"))  # as files of a run end
+    plain = len(stem) <= 60 and not stem.endswith(TAKEN)
     return text, stem if plain else f"_{zlib.crc32(stem.encode()):08x}"
 
 
@@ -91,10 +91,10 @@ def run(row, seeds, flags, command):
         print(f"{row} has the settings of {FIRST[row]}: its runs are those")
     for seed in seeds:
         argv, args, files = plan(FIRST[row], seed, flags)
-        results.refuse_others(files, args)
+        results.compare_sources(files, args)
         thresholds = getattr(args, "calculate_Vth", "")
         result = files.folder / f"{thresholds}.dict" if thresholds else files.log
-        if result.exists() and (thresholds or len(results.epochs_done(files, args.epochs)) >= args.epochs):
+        if result.exists() and (thresholds or len(foreign.read_log(result)) >= args.epochs):
             print(f"{row}, seed {seed}, is finished: {result}")
             continue
         checkpoint.make_folder(files.folder)
@@ -147,7 +147,7 @@ def report_checkpoint(options):
     program = cifar if settings["model"] in cifar.MODELS else imagenet
     args = program.get_parser().parse([])
     vars(args).update(settings, compile=False, sync_bn=False, engine="auto")
-    entry = NETWORKS.get(args.model)
+    entry = NETWORKS.get(str(args.model))
     spiking = f"{file} is of {args.model}, an ANN or unknown; give a checkpoint of an _if or _lif model"
     require(entry and entry.kind != "ann", spiking)
     require(not options.ann or entry.ann, f"--ann: there is no ANN of the shape of {args.model}")

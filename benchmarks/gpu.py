@@ -53,7 +53,8 @@ def acceptance(args):
     ]
     chosen = ["-n", "0", "-k", "autocast"] if args.smoke else []
     environment = os.environ | dict(DSR_TEST_DEVICE=args.device)
-    subprocess.run([*command, *chosen], cwd=ROOT, env=environment, check=True)
+    os.chdir(ROOT)
+    os.execve(sys.executable, [*command, *chosen], environment)  # so that pytest itself gets the signal
 
 
 def profile(args):
@@ -183,7 +184,7 @@ def run_stages(limits, args, lines):
         if process.is_alive():
             how = f"stopped after its {limit} s; what it had measured is kept"
             os.killpg(process.pid, signal.SIGINT)  # pytest then says what it has found, training saves
-            process.join(5)
+            process.join(10)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()

@@ -26,6 +26,7 @@ def run_row(script, description, argv, *, suffix, neurons, create_model, fit_thr
     _, args, _ = reproduce.plan(options.row, options.seed, flags)
     args.name, args.neurons = args.name + suffix, neurons(args)
     files = reproduce.cifar.run_files(args)
+    results.compare_sources(files, args)
     checkpoint.make_folder(files.folder)
     command = ["python", f"benchmarks/{Path(script).name}", *(sys.argv[1:] if argv is None else argv)]
     how = dict(device=choose_device(args.device), fixed=reproduce.cifar.get_parser().fixed)

@@ -5,11 +5,11 @@
     python benchmarks/step_time.py --sweep sweep.png --timesteps 1 2 5 10 20 50
     python benchmarks/step_time.py --weights checkpoint/.../NAME.pth --images FOLDER/train
 
-Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`; by the engines `events`
-and `dense`, the latter also with `-bf16` and `-compile`; the approximation `rate-` of these; `ann` (ReLUs,
-one time step), and `floor` (the forward convolutions of all T steps, alone, into preallocated outputs). On
-GPUs also `-tf32`: without it, or `-bf16`, TF32 is off. They take turns, step by step; a figure is the median.
-In inference batch norm has the statistics of the images.
+Variants: `peer` (SpikingJelly's DSR nodes in the same network), `unrolled`; by the engines `events` and
+`dense`, the latter also with `-bf16` and `-compile`; the approximation `rate-` of these; `ann` (ReLUs, one
+time step), and `floor` (the forward convolutions of all T steps, alone). On GPUs also `-tf32`: without it, or
+`-bf16`, TF32 is off. They take turns, step by step; a figure is the median. In inference batch norm has the
+statistics of the images.
 Peak memory is that of a process of its own, or the median of `--processes` of them: VmHWM, or
 max_memory_allocated on a GPU. Time follows the firing rates: those of the first step are printed as well.
 """

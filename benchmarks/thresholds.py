@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rounded import rounded  # noqa: E402
@@ -107,8 +108,9 @@ def command(cell, options):
 def link_fifth(source, target):
     """A folder of links to the first fifth of every class of a folder of images, training and test."""
     for split in ("train", "test"):
-        for folder in sorted((source / split).iterdir()):
-            files, links = sorted(folder.iterdir()), target / split / folder.name
+        for folder in sorted(filter(Path.is_dir, (source / split).iterdir())):
+            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+            links = target / split / folder.name
             links.mkdir(parents=True, exist_ok=True)
             for file in files[: len(files) // 5]:
                 if not (links / file.name).exists():

@@ -62,7 +62,7 @@ class SpikingNetwork(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self):
-        return super().__getstate__() | {"_compiled": None}  # loops that are compiled stay in their process
+        return super().__getstate__() | {"_compiled": None}  # which no pickle holds; copies lose it as well
 
     @property
     def _neuron(self):

@@ -188,7 +188,7 @@ class ReLU(nn.ReLU):
     timesteps = 1
 
     def decode(self, activations):
-        return activations.float() if activations.dtype.itemsize < 4 else activations
+        return activations.float() if functional.autocast_dtype(activations.device) else activations
 
 
 def check_settings(**settings):

@@ -231,18 +231,26 @@ def test_ctrl_c_while_nobody_reads_the_errors(images, tmp_path):
     assert files_of(out).checkpoint.stat().st_mtime_ns > before
 
 
-def test_too_little_shared_memory_gets_one_line():
-    """As torch words it, from a worker that loads data."""
-    text = (
-        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-    )
-    text += "RuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left on device"
+LACKING = {  # as torch words it, from a worker that loads data: -> what to read
+    "RuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left": "/dev/shm",
+    "RuntimeError: unable to write to file </torch_7_1>: No space left on device (28)": "say --workers 0",
+    "RuntimeError: unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)": "mmap",
+    "OSError: [Errno 5] Input/output error: 'x.png'": "x.png",
+}
 
+
+@pytest.mark.parametrize("text", LACKING)
+def test_what_a_worker_lacks_gets_one_line(text):
     def fail(_):
-        raise RuntimeError(text)
+        kind = text.partition(":")[0]
+        caught = (
+            f"Caught {kind} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        )
+        raise (OSError if kind == "OSError" else RuntimeError)(caught + text)
 
-    with pytest.raises(SystemExit, match="shared memory.*enlarge /dev/shm, or say --workers 0") as end:
+    with pytest.raises(SystemExit) as end:
         run_program(fail)
+    assert LACKING[text] in end.value.code and text in end.value.code
     assert len(end.value.code.splitlines()) == 1
 
 

@@ -52,7 +52,7 @@ def save(content, path, previous=None, write=torch.save):
 
 def save_text(text, path):
     """Write a text file, whole or not at all."""
-    save(text, path, write=lambda text, file: file.write(text.encode()))
+    save(text, path, write=lambda text, file: file.write(text.encode(errors="backslashreplace")))
 
 
 def find(name, folder):

@@ -90,17 +90,20 @@ def run_program(main, argv=None):
         sys.exit(f"error: {error}" if rank == "0" else f"error: process {rank}: {error}")
     except (OSError, MemoryError, RuntimeError) as error:  # a full disk, a name too long, a network too large
         text = str(error) or "out of memory"
-        known = re.search(".*(out of memory|can't allocate memory|(out of|allocate) shared memory).*", text)
+        shared = "out of shared memory|allocate shared memory|file </torch_"
+        known = re.search(f".*(out of memory|[Cc]an(?:'t|not) allocate memory|({shared})).*", text)
         if isinstance(error, RuntimeError) and not known:
             raise
         hint = "; enlarge /dev/shm, or say --workers 0" if known and known[2] else ""
-        sys.exit(f"error: {(known or [text.splitlines()[0]])[0]}{hint}")
+        # of a data loader's worker the text is a traceback
+        sys.exit(f"error: {known[0] if known else text.strip().splitlines()[-1]}{hint}")
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name
         warn(f"stopped by {name}; --resume auto goes on from the checkpoint")
         sys.exit(128 + stopped.args[0])
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume auto goes on with training from its checkpoint", file=sys.stderr)
+        with suppress(OSError):
+            print("\ninterrupted; --resume auto goes on with training from its checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets
@@ -19,6 +18,7 @@ from torchvision.datasets.folder import default_loader
 
 from utils.cli import explained, refuse, require
 from utils.distributed import rank, world_size
+from utils.records import locked
 from utils.signals import leave_group
 
 CIFAR10 = t.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -73,7 +73,7 @@ def cifar(path, dataset, normalize, **_):
         try:
             train = read()
         except RuntimeError:  # not there, or not whole: one process downloads it, others wait
-            with FileLock(path / ".lock"):
+            with locked(path / ".lock"):
                 train = read(download=True)
         return train, dataset(path, train=False, transform=test_steps)
 

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from filelock import FileLock
 from matplotlib.image import imsave
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import make_folder, save
 from utils.cli import Parser, UserError, explained, number, run_program
+from utils.records import locked
 
 FIRST_TEST = 900  # the number of the first recording of a class that is for testing
 GRAIN = 36  # the weights of a bilinear resize from 128 to 48 are sixths: resized counts are whole 36ths
@@ -41,7 +41,7 @@ def cifar10dvs(root, timesteps):
 
     if not events.is_dir() or look()[1]:  # else nothing is to be written
         make_folder(root, "--path")
-        with FileLock(root / ".lock"):  # a killed process leaves no lock behind
+        with locked(root / ".lock"):  # a killed process leaves no lock behind
             if not events.is_dir():
                 unpack(root, events)
             build_frames(look()[1], timesteps)

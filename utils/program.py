@@ -12,7 +12,7 @@ from utils import checkpoint, distributed, foreign
 from utils.calibration import load_thresholds
 from utils.cli import UserError, explained, is_line, number, require, warn
 from utils.data import load_data, test_loader, train_loader
-from utils.records import alone
+from utils.records import TAKEN, alone
 from utils.statistics import neuron_layers
 from utils.thresholds import compare_neurons, start_thresholds
 from utils.training import Run, autocast, evaluate
@@ -165,8 +165,8 @@ def validate(args):
     require(not odd, f"{odd}: characters in it that no line can show; choose another name")
     slash, n = "/" in args.name or "\\" in args.name, distributed.world_size()
     require(not slash, f"--name {args.name!r} must not contain a slash; choose the folder by --checkpoint")
-    kept = args.name.endswith(("_best", "_previous"))
-    require(not kept, f"--name {args.name}: the files of another run may be called so; choose another ending")
+    taken = f"--name {args.name}: the files of another run may be called so; choose another ending"
+    require(not args.name.endswith(TAKEN), taken)
     low = f"--Vth {args.Vth} lies below --Vth_bound {args.Vth_bound}; raise it or lower that"
     require(args.Vth == "auto" or args.Vth >= args.Vth_bound, low)
     require(args.momentum or not args.nesterov, "--nesterov needs a --momentum above 0")

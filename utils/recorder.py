@@ -77,6 +77,7 @@ def main(argv=None):
             for folder in sorted(filter(Path.is_dir, (args.images / split).iterdir())):
                 files = [file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS]
                 files = sorted(files)[:count]
+                require(files, f"no pictures in {folder}; known are {', '.join(IMG_EXTENSIONS)}")
                 for index, file in enumerate(files, start=first):
                     path = draft / folder.name / f"cifar10_{folder.name}_{index}.aedat"
                     write_aedat(path, *record(Image.open(file), seed=index))

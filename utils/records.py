@@ -1,6 +1,6 @@
 """What a run leaves behind: where its files lie, the log, the curves, TensorBoard."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from utils.checkpoint import save, save_text
 from utils.cli import require
 from utils.distributed import broadcast, rank
 
+TAKEN = ("_best", "_previous", ".run")  # the last of a name: files of another run may be called so
 HEADER = "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\n"
 
 
@@ -38,22 +39,33 @@ class RunFiles:
 
 
 @contextmanager
-def alone(files):
-    """While open, no other run leaves these files, of all processes of this one; UserError if one does."""
-    lock, free = FileLock(files.lock, timeout=0), True
-    if rank() == 0:
-        try:
-            lock.acquire()
-        except Timeout:
-            free = False
-        except (OSError, NotImplementedError):  # a file system without locks: nobody can tell
-            pass
-    busy = f"{files.log.stem} is running already; wait for it, stop it or choose another --name"
-    require(broadcast(free), busy)
+def locked(file, timeout=-1):
+    """While open, others wait for this process; Timeout after so many seconds of waiting for another."""
+    lock = FileLock(file, timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError):  # a file system without locks: nobody can tell
+        pass
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def alone(files):
+    """While open, no other run leaves these files, of all processes of this one; UserError if one does."""
+    free = True
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(files.lock, timeout=0) if rank() == 0 else nullcontext())
+        except Timeout:
+            free = False
+        busy = f"{files.log.stem} is running already; wait for it, stop it or choose another --name"
+        require(broadcast(free), busy)
+        yield
 
 
 class Recorder:

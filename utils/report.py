@@ -51,8 +51,7 @@ class Counter:
             self.sums["dense"][name] = float(synapses.sum())
             arrived = x != 0 if unit is None else (x / unit).round()
             kind, T = "real" if unit is None else "spikes", self.timesteps
-            steps = x.unflatten(0, (T, -1))
-            once = T if kind == "real" and (steps == steps[:1]).all() else 1  # for all steps of a still image
+            once = T if kind == "real" and stays(x, T) else 1  # for all steps of a still image
             self.sums[kind][name] += float((arrived.sum(0).double() * synapses).sum()) / once
         elif unit is not None and isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
             if size := window(module, x, output):
@@ -67,6 +66,11 @@ class Counter:
         found |= dict(error=error.sum(), relative=error.sum() / neuron.amplitude)
         for what, value in found.items():
             self.sums[what][name] += float(value)
+
+
+def stays(x, T):
+    """Whether the rows of x, (T*B, ...), are the same at every step."""
+    return len(x) % T == 0 and bool((x.unflatten(0, (T, -1)) == x[: len(x) // T]).all())
 
 
 def fan_out(layer, x, output):

@@ -5,13 +5,14 @@ import platform
 import shlex
 import statistics
 import subprocess
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from utils import checkpoint, foreign
-from utils.cli import UserError, choose_device, explained, require, warn
+from utils.cli import UserError, choose_device, explained, warn
 from utils.records import RunFiles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,17 +59,17 @@ def epochs_done(files, epochs):
     return rows
 
 
-def refuse_others(files, args):
-    """UserError if this run is one of other data or weights: its name has their last parts alone."""
+def compare_sources(files, args):
+    """Warn if this run began on other data or weights: its name has the last parts of their paths alone."""
     try:
         earlier = dict(json.loads(files.arguments.read_text()))
-    except (OSError, ValueError, TypeError):  # none yet, or damaged
+    except (OSError, ValueError, TypeError, RecursionError):  # none yet, or damaged
         return
-    names = ["pre_train", *["path"] * (args.dataset in ("imagefolder", "imagenet"))]
-    for name in names:
-        before, now = Path(str(earlier.get(name))), Path(getattr(args, name))
-        other = before.exists() and now.exists() and not before.samefile(now)
-        require(not other, f"{files.log.stem} is a run on {before}, not {now}; choose another --checkpoint")
+    for name in ["pre_train", *["path"] * (args.dataset in ("imagefolder", "imagenet"))]:
+        before, now = str(earlier.get(name) or ""), getattr(args, name)
+        with suppress(OSError):  # of what is there no longer, or closed to this user
+            if before and now and not Path(before).samefile(now):
+                warn(f"{files.log.stem} began on {before}, not {now}: unless it is the same, say another -c")
 
 
 def add_session(record, device, command):
@@ -82,9 +83,10 @@ def add_session(record, device, command):
 def read_sessions(record):
     """The sessions of a run, the oldest first; none of a run that was started in another way."""
     try:
-        return json.loads(record.read_text())
+        sessions = json.loads(record.read_text())
     except (OSError, ValueError):
         return []
+    return sessions if isinstance(sessions, list) else []
 
 
 def hardware(device):

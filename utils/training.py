@@ -172,7 +172,7 @@ class Run:
         if self.epoch >= args.epochs:
             print(f"nothing left to train: {self.epoch} of {args.epochs} epochs are done")
             log = self.files.log  # which lacks the last row of a run killed behind its checkpoint
-            if rank() == 0 and args.resume == "auto" and log.exists() and len(read_log(log)) < self.epoch:
+            if rank() == 0 and args.resume == "auto" and self.rows and len(read_log(log)) < self.epoch:
                 Recorder(self.files, self.epoch, self.rows)
             return
         if rank() == 0:

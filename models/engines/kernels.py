@@ -142,9 +142,12 @@ class KernelLayer:
     def new_Q(self, weight, inputs, first=None):
         """For a Q of `inputs` channels, whole words, that threads add to: zeros but for the `first` copy."""
         rows, copies = inputs * weight[0, 0].numel(), 1 if self.split else self.threads
-        if first is None:
-            return self.like.new_zeros(copies, self.channels // self.block, rows, self.block)
-        return first if copies == 1 else torch.cat([first, first.new_zeros(copies - 1, *first.shape[1:])])
+        if first is not None and copies == 1:
+            return first
+        Q = self.like.new_zeros(copies, self.channels // self.block, rows, self.block)
+        if first is not None:
+            Q[:1] = first
+        return Q
 
     def tile(self, of_a, of_b):
         """Choose the tiles of the passes: so many outputs."""

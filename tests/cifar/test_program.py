@@ -303,6 +303,7 @@ MISTAKES = {
     "--evaluate --rate_stat 1 --model preresnet.resnet20_ann": "ANN",
     "--evaluate --resume auto": "train first",
     "--name a_best": "ending",
+    "--name a.run": "ending",
 }
 
 

@@ -81,9 +81,10 @@ def test_ann_is_a_preact_resnet_with_relus():
 
 
 def test_an_ann_has_its_loss_in_float32_under_autocast():
-    model = create_model("preresnet.resnet20_ann")
+    model, x = create_model("preresnet.resnet20_ann"), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+        assert model(x).dtype == torch.float32
+    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_where_a_preact_resnet_drops():

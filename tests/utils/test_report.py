@@ -100,6 +100,17 @@ def test_representation_error_below_a_ceiling_of_ones_own():
     assert m.errors["relu1"] == pytest.approx(0.5 * 4 / 8)
 
 
+def test_layers_outside_the_spiking_part_are_counted():
+    class Stem(TwoLayers):
+        def forward(self, x):
+            return super().forward(self.stem(x))
+
+    model = Stem(lambda: IFNeuron(timesteps=2, Vth=1.0), nn.Identity(), 8)
+    model.stem = nn.Conv2d(1, 1, 1, bias=False)
+    m = Measurement(model, [(torch.rand(3, 1, 2, 2) + 1, torch.zeros(3))], timed=False)  # 3 rows, T=2
+    assert m.multiplies == 4 + 4 * 8
+
+
 def test_equal_logits_are_ranked_as_in_training():
     """Which of them comes first is the choice of torch's topk."""
     model = TwoLayers(lambda: IFNeuron(timesteps=2, Vth=1.0), nn.Identity(), 8)
