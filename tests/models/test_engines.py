@@ -233,7 +233,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_threads(chann
 
 def test_a_lack_of_memory_in_a_kernel_is_an_error():
     x = torch.zeros(1)
-    arguments = kernels.ClampArguments(M=0, C=2**58)  # more sums than there can be
+    arguments = kernels.ClampArguments(M=0, C=2**59)  # more sums than there can be
     with pytest.raises(MemoryError, match="event engine"):
         events().kernels("clamp_sums", x, ctypes.byref(arguments), x, x, x)
 
