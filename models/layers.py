@@ -109,10 +109,10 @@ class SpikingNetwork(nn.Module):
             frames = f"event frames (B, {T}, F) or (B, {T}, C, H, W)"
             expected = f"vectors (B, F), images (B, C, H, W), or {frames}"
             raise ValueError(f"the network takes {expected}, not a tensor of shape {tuple(x.shape)}")
+        x = x.to(getattr(self._neuron, "Vth", x).dtype)
         steps = x if static else x.transpose(0, 1).flatten(0, 1)
         if not self.collapsible(x):
             return SpikeTrain(steps.repeat(T, *[1] * (x.dim() - 1)) if static else steps, T)
-        x, steps = (values.to(self._neuron.Vth.dtype) for values in (x, steps))
         mean = x if static else x.mean(1)
         layout = torch.channels_last if steps.dim() == 4 else torch.contiguous_format
         engine, _ = self.engine_in_use(x.device)

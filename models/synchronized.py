@@ -39,7 +39,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def track(bn, mean, var, n):
     """Bring running statistics up to date; n: how many values the mean and the variance are of."""
-    if bn.running_mean is None:
+    if bn.running_mean is None or not bn.track_running_stats:
         return
     bn.num_batches_tracked.add_(1)
     mean, var = mean.to(bn.running_mean), (var * (n / (n - 1))).to(bn.running_var)
@@ -92,7 +92,9 @@ def normalization(bn, seen, gamma, beta, like):
     sigma = (var + bn.eps).sqrt()
     a = 1 / sigma if gamma is None else gamma / sigma
     shift = -mu * a if beta is None else beta - mu * a
-    return Norm(mu, sigma, a, shift, seen.mean if seen else mu, bn, frozen=seen is None)
+    # a batch norm may be of float32 in a network of bfloat16
+    vectors = (v.to(like.dtype) for v in (mu, sigma, a, shift, seen.mean if seen else mu))
+    return Norm(*vectors, bn, frozen=seen is None)
 
 
 def means(S1, S2, n, norm):

@@ -89,17 +89,16 @@ class SpikeTrain:
         Where time is not unrolled, raises ValueError for a function that does not commute with the mean over
         time (a max pool, a LayerNorm), and for one with parameters, which belongs into a branch.
         """
-        hooked = bool(getattr(function, "_forward_hooks", None))
-        known = self.unrolled or not hooked and (calls(function, *LINEAR) or function in CHECKED)
+        known = self.unrolled or is_known(function)
         if self.mean is None and not known and torch.is_grad_enabled():  # of a part under no_grad
             if function(next(iter(self.spikes.split(1)))).requires_grad:
                 refuse_parameters(function)
         elif not (known or self.static or self.mean is None):
             check_linear(function, self.mean)
-            # not in eval mode, where it may do something else, nor with parameters: they may be trained later
-            plain = isinstance(function, nn.Module) and not list(function.parameters()) and not hooked
-            if plain and function.training:
-                CHECKED.add(function)
+            # not in eval mode, where it may do something else, nor with what may change: parameters, parts
+            parts = [function] if isinstance(function, nn.Module) else []
+            whole = [part for part in parts if not [*part.parameters(), *part.children()]]
+            CHECKED.update(part for part in whole if part.training and not is_hooked(part))
         train = self.at_every_step(function)
         if self.static and getattr(train.representation, "requires_grad", False):
             refuse_parameters(function)
@@ -143,9 +142,25 @@ class SpikeTrain:
         return self.at_every_step(masked)
 
 
+def is_hooked(function):
+    return bool(getattr(function, "_forward_hooks", None) or getattr(function, "_forward_pre_hooks", None))
+
+
+def is_known(function):
+    """Whether it is linear as far as `map` knows, or a sequence of such."""
+    if not is_hooked(function) and calls(function, nn.Sequential):
+        return all(map(is_known, function))
+    return not is_hooked(function) and (calls(function, *LINEAR) or function in CHECKED)
+
+
 def refuse_parameters(function):
     way_out = 'make it a branch of a spiking_layer, or set backward = "unrolled"'
     raise ValueError(f"`map` trains no parameters, such as those of {function}: {way_out}")
+
+
+def random_state(like):
+    """Of the generator from which a function of tensors like this one draws."""
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
 
 
 def check_linear(function, like):
@@ -155,7 +170,7 @@ def check_linear(function, like):
     f takes the four as four steps, and b once more alone, which tells whether steps stay apart. The numbers
     come from a generator of their own, so that a run stays what it is.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, state = torch.Generator().manual_seed(0), random_state(like)
     a, b = (torch.randn(like.shape, generator=generator, device="cpu").to(like) for _ in range(2))
     with without_autocast(like.device):
         alone = function(b)
@@ -171,6 +186,6 @@ def check_linear(function, like):
         # a GPU may round the factors of a product to 10 bits (TF32)
         rounding = max(1e-2 if like.is_cuda else 1e-4, 16 * torch.finfo(like.dtype).eps)
         alike = error <= rounding * (at_a.abs() + at_b.abs()).max()
-    if not alike:
+    if not alike or not torch.equal(state, random_state(like)):  # which draws other numbers every time
         hint = 'use a linear map of every step, as an average pool is, or backward = "unrolled"'
         raise ValueError(f"{function} is not linear, so the backward pass has to unroll time: {hint}")

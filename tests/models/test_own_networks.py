@@ -361,10 +361,10 @@ def test_signals_of_one_channel_and_width_one(channels, kernel, float64):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8, torch.bool])
 @pytest.mark.parametrize("frames", [False, True])
-@pytest.mark.parametrize("engine", available())
+@pytest.mark.parametrize("engine", [*available(), "unrolled"])
 def test_inputs_of_another_type(dtype, frames, engine):
     network, other = Net(make_lif, make_lif), torch.rand(2, *[T] * frames, 2, 8, 8).round().to(dtype)
-    network.engine = engine
+    setattr(network, "backward" if engine == "unrolled" else "engine", engine)
     expected = step(copy.deepcopy(network), other.float())
     torch.testing.assert_close(step(network, other), expected, rtol=0, atol=0)
 
@@ -394,6 +394,63 @@ def test_batch_norms_without_a_bias(float64):
     for norm in (network.bn2, own[1]):
         norm.register_parameter("bias", None)
     assert_as_unrolled(network)
+
+
+def test_batch_norms_that_shall_not_keep_statistics_now(float64):
+    """As for a pass on adversarial images, with the buffers in place."""
+    network = Net()
+    network.bn1.track_running_stats = network.bn2.track_running_stats = False
+    before = copy.deepcopy(network.state_dict())
+    assert_as_unrolled(network)
+    network(torch.randn(3, 2, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("backward", ["collapsed", "unrolled"])
+def test_batch_norms_of_float32_in_a_network_of_bfloat16(backward):
+    network = Net().bfloat16()
+    network.bn1.float(), network.bn2.float()
+    network.backward = backward
+    network(torch.randn(3, 2, 8, 8).bfloat16()).sum().backward()
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in network.parameters())
+
+
+class Mapped(Net):
+    """The `extra` module between the layers."""
+
+    def spike(self, image):
+        train = spiking_layer([(self.conv1, image)], self.bn1, self.neuron1).map(self.extra)
+        return spiking_layer([(self.conv2, train)], self.bn2, self.neuron2)
+
+
+def test_a_map_that_draws_is_refused():
+    """Stochastic depth, of which two draws agree as often as not."""
+
+    class Depth(nn.Module):
+        def forward(self, x):
+            return x * (torch.rand(()) < 0.9)
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match="is not linear"):
+            Mapped(extra=Depth())(torch.randn(2, 2, 8, 8))
+
+
+def test_a_part_of_a_map_that_changes_is_looked_at_again():
+    x, network = torch.randn(2, 2, 8, 8), Mapped(extra=nn.Sequential(nn.AvgPool2d(2)))
+    network(x)
+    network.extra[0] = nn.MaxPool2d(2)
+    norm = nn.BatchNorm2d(8, affine=False)
+    other = Mapped(extra=nn.Sequential(nn.AvgPool2d(2), norm.eval()))
+    other(x)
+    norm.train()
+    pool = nn.AvgPool2d(2)
+    hooked = Mapped(extra=pool)
+    hooked(x)
+    pool.register_forward_pre_hook(lambda _, inputs: (inputs[0] ** 2,))
+    for changed in (network, other, hooked):
+        with pytest.raises(ValueError, match="is not linear"):
+            changed(x)
 
 
 @pytest.fixture
