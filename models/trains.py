@@ -96,9 +96,9 @@ class SpikeTrain:
         elif not (known or self.static or self.mean is None):
             check_linear(function, self.mean)
             # not in eval mode, where it may do something else, nor with what may change: parameters, parts
-            parts = [function] if isinstance(function, nn.Module) else []
-            whole = [part for part in parts if not [*part.parameters(), *part.children()]]
-            CHECKED.update(part for part in whole if part.training and not is_hooked(part))
+            alone = isinstance(function, nn.Module) and not [*function.parameters(), *function.children()]
+            if alone and function.training and not is_hooked(function):
+                CHECKED.add(function)
         train = self.at_every_step(function)
         if self.static and getattr(train.representation, "requires_grad", False):
             refuse_parameters(function)
