@@ -40,17 +40,8 @@ def machine(args):
 
 def acceptance(args):
     """The tests marked gpu; with --smoke one of them, on the CPU."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-v",
-        "--tb=short",
-        "--durations=15",
-        "tests/test_gpu.py",
-    ]
+    options = "-m gpu -v --tb=short --durations=15 tests/test_gpu.py"
+    command = [sys.executable, "-m", "pytest", *options.split()]
     chosen = ["-n", "0", "-k", "autocast"] if args.smoke else []
     environment = os.environ | dict(DSR_TEST_DEVICE=args.device)
     os.chdir(ROOT)
