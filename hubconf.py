@@ -37,10 +37,7 @@ def _network(name, pretrained):
     It takes images normalised as CIFAR-10, and classifies in eval mode. `models.fit_thresholds` fits the
     thresholds of one without weights to its data.
     """
-    file = PRETRAINED / f"{name}.pth"
-    if not file.exists():
-        raise FileNotFoundError(f"{name} does not come trained yet: there is no {file}")
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    content = torch.load(PRETRAINED / f"{name}.pth", map_location="cpu", weights_only=True)
     args = content["args"]
     settings = {key: args[key] for key in SETTINGS}
     model = create_model(args["model"], num_classes=len(content["classes"]), **settings)

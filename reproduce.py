@@ -16,7 +16,6 @@ the run gets a name of its own, and `list` and `table` keep it apart from the ru
 import argparse
 import shlex
 import sys
-import zlib
 from functools import cache, partial
 from pathlib import Path
 
@@ -28,12 +27,12 @@ from imagenet import main as imagenet
 from models import create_model
 from models.registry import NETWORKS
 from utils import checkpoint, curves, foreign, pretrained, report, results
-from utils.calibration import load_thresholds
-from utils.cli import Parser, choose_device, number, refuse, require, run_program, unknown
+from utils.cli import Parser, choose_device, number, refuse, require, run_program, unknown, warn
 from utils.data import load_data
 from utils.program import build_model, count, load
 from utils.quantized import round_weights
-from utils.records import TAKEN, alone
+from utils.records import alone
+from utils.thresholds import load_thresholds
 
 PROGRAMS = dict.fromkeys(cifar.ROWS, cifar) | dict.fromkeys(imagenet.ROWS, imagenet)
 ROWS = cifar.ROWS | imagenet.ROWS
@@ -42,29 +41,11 @@ FIRST = {row: next(r for r in ROWS if ROWS[r].flags == preset.flags) for row, pr
 CURVES = "docs/curves.png"  # beside RESULTS.md
 
 
-def departures(row, args):
-    """In what the arguments `args` (a dict) depart from the row: text for readers, text for a file's name."""
-    parser = PROGRAMS[row].get_parser()
-    expected, names = vars(parser.parse(["--preset", row])) | dict(went_on_from=""), parser.fixed
-    if args.get("dataset", "imagenet") in ("imagefolder", "imagenet"):  # which nothing checks
-        names = [*names, "path"]
-    names = [*names, "went_on_from", *["pre_train"] * (PROGRAMS[row] is cifar)]  # ImageNet's is of the chain
-    names = [name for name in sorted(names) if args.get(name, expected[name]) != expected[name]]
-    if "neurons" in args:  # others than ours: benchmarks/replaced.py
-        names, expected["neurons"] = [*names, "neurons"], "ours"
-    files = "path", "pre_train", "went_on_from"
-    expected |= dict.fromkeys(files[1:], "none")
-    values = {name: Path(args[name]).name if name in files else args[name] for name in names}
-    text = "; ".join(f"{name} {value} instead of {expected[name]}" for name, value in values.items())
-    stem = "".join(f"_{name}-{Path(str(value)).name}" for name, value in values.items())
-    plain = len(stem) <= 60 and not stem.endswith(TAKEN)
-    return text, stem if plain else f"_{zlib.crc32(stem.encode()):08x}"
-
-
 def name_of(row, seed, flags):
     """The name of a run, which is that of a run with the same settings."""
-    args = PROGRAMS[row].get_parser().parse(["--preset", row, *flags])
-    return f"{row}_s{seed}{departures(row, vars(args))[1]}"
+    parser = PROGRAMS[row].get_parser()
+    args = parser.parse(["--preset", row, *flags])
+    return f"{row}_s{seed}{results.departures(parser, row, vars(args))[1]}"
 
 
 def plan(row, seed, flags):
@@ -112,10 +93,13 @@ def find_runs(folder):
         if not outcome.epochs or outcome.args.get("preset") not in ROWS:
             continue
         row, done = FIRST[outcome.args["preset"]], len(outcome.epochs)
-        text, _ = departures(row, outcome.args)
+        text, _ = results.departures(PROGRAMS[row].get_parser(), row, outcome.args)
         if done < outcome.args["epochs"]:
             text += "; " * bool(text) + f"stopped after {done} of {outcome.args['epochs']} epochs"
-        found.setdefault((row, text), {})[outcome.args["manualSeed"]] = outcome
+        runs, seed = found.setdefault((row, text), {}), outcome.args["manualSeed"]
+        if seed in runs:
+            warn(f"{file.stem} is left out: {runs[seed].files.log.stem} has the same settings and seed")
+        runs.setdefault(seed, outcome)
     ordered = sorted(found, key=lambda key: (list(ROWS).index(key[0]), key[1]))
     return {key: [outcome for _, outcome in sorted(found[key].items())] for key in ordered}
 
@@ -166,6 +150,7 @@ def report_checkpoint(options):
         snn = build_model(setting, data.classes, device, create_model)
         weights = content if source == file else foreign.load(source)
         checkpoint.load_weights(snn, weights["state_dict"], source, ("Vth",) if thresholds else ())
+        checkpoint.compare_classes(weights, data.train, source)
         if thresholds:
             load_thresholds(snn, thresholds)
         if bits:
@@ -199,6 +184,7 @@ def publish(options):
     require(args["dataset"] == "imagefolder", files)
     test = load_data("imagefolder", options.path or args["path"]).test
     model = load_network(content, file, len(test.classes))
+    checkpoint.compare_classes(content, test, file)
     about = dict(trained_on=options.trained_on, test=test, model=model)
     pretrained.publish(options.name, options.out, content, sessions, **about)
     print(f"network: {options.out / options.name}.pth\nhow it was made: {options.out / options.name}.json")

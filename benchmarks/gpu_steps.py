@@ -46,9 +46,9 @@ def steps(args):
 
 def has_peer():
     try:
-        import spikingjelly.activation_based.neuron  # noqa: F401
+        from spikingjelly.activation_based.neuron import DSRIFNode  # noqa: F401
     except ImportError:
-        print("spikingjelly is not installed: no peer")
+        print("no spikingjelly 2 (of Python 3.11): no peer")
         return False
     return True
 

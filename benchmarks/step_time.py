@@ -313,9 +313,9 @@ def main(argv=None):
     variants = [v for v in args.variants if registry.NETWORKS[args.model].ann or not v.startswith("ann")]
     if "peer" in variants:
         try:
-            import spikingjelly.activation_based.neuron  # noqa: F401
+            from spikingjelly.activation_based.neuron import DSRIFNode  # noqa: F401
         except ImportError:
-            print("spikingjelly is not installed: no peer")
+            print("no spikingjelly 2 (of Python 3.11): no peer")
             variants.remove("peer")
     print(machine(args.device))
     rows = []

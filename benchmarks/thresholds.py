@@ -29,12 +29,11 @@ from cifar import program as cifar  # noqa: E402
 from imagenet import main as imagenet  # noqa: E402
 from models import create_model, fit_thresholds  # noqa: E402
 from utils import checkpoint, foreign, results  # noqa: E402
-from utils.calibration import load_thresholds  # noqa: E402
 from utils.cli import UserError, require, run_program  # noqa: E402
 from utils.data import load_data, test_loader, train_loader  # noqa: E402
 from utils.program import build_model, load  # noqa: E402
 from utils.statistics import hits  # noqa: E402
-from utils.thresholds import IMAGES, some_batches, start_thresholds  # noqa: E402
+from utils.thresholds import IMAGES, load_thresholds, some_batches, start_thresholds  # noqa: E402
 
 KINDS, SETTINGS = ("if", "lif"), ("published", "auto")
 SHORT = "--dataset imagefolder --model preresnet.resnet20_{kind} --lr 0.05 --epochs 5 --train-batch 64"

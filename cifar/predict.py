@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cifar.program import get_parser as training_parser
@@ -43,7 +44,7 @@ def pictures(names):
         if not name.is_dir():
             yield name
             continue
-        found = sorted(file for file in name.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        found = sorted(f for f in name.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.is_file())
         require(found, f"no pictures in {name}; known are {', '.join(IMG_EXTENSIONS)}")
         yield from found
 
@@ -51,7 +52,7 @@ def pictures(names):
 @torch.no_grad()
 def predict(model, classes, file, see):
     """Print what the model sees in the picture `file` through the transform `see`, and what that costs."""
-    image = see(read_image(file))[None]
+    image = see(ImageOps.exif_transpose(read_image(file)))[None]  # upright, as viewers show it
     likeliest = model(image).softmax(1)[0].topk(min(5, len(classes)))
     found = zip(likeliest.values.tolist(), likeliest.indices.tolist())
     print(f"{file}: " + ", ".join(f"{classes[label]} {100 * p:.1f} %" for p, label in found))

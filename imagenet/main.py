@@ -29,12 +29,12 @@ from models.layers import BACKWARDS
 from models.registry import NETWORKS
 from models.thresholds import fit_to_activations
 from utils import checkpoint, distributed, foreign
-from utils.calibration import calibrate
 from utils.cli import Parser, choose_device, explained, number, read_presets, require, run_program
 from utils.data import loader, unaugmented
 from utils.program import add_flags, count, load, natural, run
 from utils.records import RunFiles
 from utils.statistics import threshold_name
+from utils.thresholds import calibrate
 
 SCRIPT, SEED_FLAG = "imagenet/main.py", "--seed"
 (ROWS,) = read_presets(Path(__file__).with_name("presets.md"))

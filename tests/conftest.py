@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter):
     """Say in a line each that nothing was tried on a GPU, or by the event engine, and why."""
     reports = terminalreporter.stats.get("skipped", [])
     reports = [(report, report.longrepr[2]) for report in reports if isinstance(report.longrepr, tuple)]
-    gpu = [why for report, why in reports if "gpu" in report.keywords and "no CUDA" in why]
+    gpu = [why for report, why in reports if "gpu" in getattr(report, "keywords", ()) and "no CUDA" in why]
     events = [why.split("no event engine: ")[1] for _, why in reports if "no event engine: " in why]
     if gpu:
         line = f"skipped: {len(gpu)} tests marked gpu, as there is no CUDA device here"

@@ -41,7 +41,6 @@ import imagenet.main  # noqa: E402
 import utils.training  # noqa: E402
 from models import create_model  # noqa: E402
 from utils import checkpoint, foreign  # noqa: E402
-from utils.calibration import load_thresholds  # noqa: E402
 from utils.cli import UserError, run_program  # noqa: E402
 from utils.data import read_image  # noqa: E402
 from utils.events import build_one, read_frames  # noqa: E402
@@ -50,6 +49,7 @@ from utils.recipe import load_optimizer, make_optimizer  # noqa: E402
 from utils.recorder import write_aedat  # noqa: E402
 from utils.records import Recorder, RunFiles  # noqa: E402
 from utils.statistics import neuron_layers, threshold_name  # noqa: E402
+from utils.thresholds import load_thresholds  # noqa: E402
 
 LIMIT = 30  # seconds
 CIFAR_MODEL, IMAGENET_MODEL = "preresnet.resnet20_lif", "preresnet_snn.resnet18_if"
@@ -310,7 +310,7 @@ class Readers:
         Recorder(self.files, 1, read_log(path)).tensorboard.close()
 
     def arguments(self, path):
-        checkpoint.started(path)
+        checkpoint.read_arguments(path)
 
 
 def cifar_base(readers):

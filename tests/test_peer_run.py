@@ -2,14 +2,18 @@
 
 import json
 import shlex
+import sys
 
 import pytest
 import torch
 
 import reproduce
 from benchmarks import levels
-from benchmarks.peer_run import main, peer_model, peer_of
 from models import IFNeuron, LIFNeuron, create_model
+
+if sys.version_info < (3, 11):
+    pytest.skip("the peer is SpikingJelly 2, which needs Python 3.11", allow_module_level=True)
+from benchmarks.peer_run import main, peer_model, peer_of  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["if", "lif"])

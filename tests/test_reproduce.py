@@ -22,10 +22,10 @@ from cifar import predict
 from cifar.program import get_parser
 from models import create_model
 from tests.forks import ended, fork
-from utils.calibration import calibrate
 from utils.cli import run_program
 from utils.program import build_model
 from utils.report import fan_out
+from utils.thresholds import calibrate
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,6 +160,27 @@ def test_no_name_of_a_run_ends_like_a_file_of_another():
         assert not name.endswith(path)
 
 
+@pytest.mark.parametrize(
+    ("row", "flags", "name"),
+    [
+        ("main-imagenet-ann", "--data data/imagenet/", "main-imagenet-ann_s1"),
+        ("main-imagenet-ann", "--pre_train x.pth", "main-imagenet-ann_s1_pre_train-x.pth"),
+        ("main-dvscifar10-lif", "--path /elsewhere/CIFAR10DVS", "main-dvscifar10-lif_s1"),
+        ("main-dvscifar10-lif", "--path data/synthetic", "main-dvscifar10-lif_s1_path-synthetic"),
+        ("main-cifar10-if", "--path /elsewhere", "main-cifar10-if_s1"),  # whose files are checked
+        (
+            "main-cifar10-if",
+            "--dataset imagefolder --path .",
+            "main-cifar10-if_s1_dataset-imagefolder_path-here",
+        ),
+    ],
+)
+def test_a_path_is_known_by_its_last_part(row, flags, name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert reproduce.name_of(row, 1, flags.split()) == name
+
+
 def flags(images, tmp_path, epochs):
     text = (
         f"--dataset imagefolder --path {images} --checkpoint {tmp_path}/out --epochs {epochs} --timesteps 2"
@@ -280,6 +301,15 @@ def test_table_keeps_departing_and_unfinished_runs_apart(tmp_path, capsys):
     assert how.count(" | main-cifar10-if | ") == 6
     reproduce.main(["list", "--checkpoint", str(out)])
     assert "94.50 ± 0.71 (94.00, 95.00) (n=2) | " in capsys.readouterr().out
+
+
+def test_a_run_that_the_table_leaves_out_is_named(tmp_path, capsys):
+    leave(tmp_path / "out", "main-cifar10-if", 1, [95.0] * 200)
+    leave(tmp_path / "out", "latency-if-t20", 1, [90.0] * 200)  # the same settings and seed
+    table, said = write_table(tmp_path), capsys.readouterr().err
+    shown = "90.00" if "90.00" in table else "95.00"
+    left = dict(zip(("95.00", "90.00"), ("latency-if-t20", "main-cifar10-if")))[shown]
+    assert f"{left}_s1_0 is left out" in said and f"| {shown} | {shown} | 1 |" in table
 
 
 def test_curves_show_runs_of_one_name_in_two_folders(tmp_path, monkeypatch):

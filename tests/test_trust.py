@@ -27,10 +27,10 @@ from models import create_model
 from tests import chaos, fuzz
 from tests.forks import ended, fork, torchrun
 from utils import checkpoint, foreign
-from utils.calibration import load_thresholds
 from utils.cli import UserError, run_program
 from utils.records import RunFiles
 from utils.signals import StopRequest
+from utils.thresholds import load_thresholds
 
 ROOT = Path(__file__).parents[1]
 STEM = "preresnet.resnet20_lif"
@@ -478,7 +478,7 @@ def test_an_archive_does_not_write_outside_its_folder(tmp_path, monkeypatch):
         link.external_attr = 0o120777 << 16
         archive.writestr(link, str(tmp_path))
         archive.writestr("cat/link/evil", "x")
-    module = utils.events.spikingjelly_parts()[0].CIFAR10DVS
+    module = utils.events.spikingjelly_parts()[0]
     monkeypatch.setattr(module, "resource_url_md5", staticmethod(lambda: [("cat.zip", "", None)]))
     with pytest.raises(UserError, match="cat.zip fails"):  # a file stands where a folder should
         utils.events.unpack(root, root / "events")

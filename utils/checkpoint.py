@@ -81,18 +81,26 @@ def resume(name, files):
         except UserError as error:
             warn(error)
             continue
-        if started(files.arguments) in (None, content["args"].get("started")):
+        if read_arguments(files.arguments).get("started") in (None, content["args"].get("started")):
             return content, path
     print("no checkpoint of this run yet: starting afresh")
     return None, None
 
 
-def started(arguments_file):
-    """When the run of these arguments began, or None: tells its checkpoints from an earlier run's."""
+def read_arguments(file):
+    """The arguments of a run, its start among them; {} without such a file, or if it is damaged."""
     try:
-        return json.loads(arguments_file.read_text()).get("started")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def compare_classes(content, data, path):
+    """Warn if the data set's classes are not those of the checkpoint: a label then means another thing."""
+    before, now = content.get("classes"), [str(name) for name in getattr(data, "classes", [])]
+    if now and isinstance(before, list) and before != now:
+        first = next((pair for pair in zip(before, now) if pair[0] != pair[1]), (len(before), len(now)))
+        warn(f"{path} was trained on other class names than those here: {first[0]}, now {first[1]}")
 
 
 def load_weights(model, state_dict, path, optional=(), classes=None):

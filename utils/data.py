@@ -14,7 +14,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets
 from torchvision import transforms as t
-from torchvision.datasets.folder import default_loader
 
 from utils.cli import explained, refuse, require
 from utils.distributed import rank, world_size
@@ -53,7 +52,7 @@ def load_data(name, path, timesteps=None, image_size=None):
     """The data set called `name` (of DATASETS), below `path`; UserError if it is not there or not whole."""
     require(name in DATASETS, f"unknown data set {name}; add it to utils.data.DATASETS, or choose another")
     source = DATASETS[name]
-    train, test = source.load(Path(path), timesteps=timesteps, image_size=image_size)
+    train, test = source.load(Path(path).expanduser(), timesteps=timesteps, image_size=image_size)
     named = source.classes or hasattr(train, "classes")
     require(named, f"{name}: neither its Source nor its training set has `classes`; give one of them")
     return Data(train, test, source.classes or len(train.classes))
@@ -116,9 +115,12 @@ def read_folder(folder, transform):
 
 
 def read_image(path):
-    """torchvision's loader (RGB, whatever the colour mode), naming the file that it cannot read."""
-    with explained(lambda why: f"cannot read the image {path} ({why}); replace or remove it"):
-        return default_loader(path)
+    """An image in RGB, as torchvision's loader has it, naming the file that it cannot read."""
+    wrong = f"cannot read the image {path}"
+    with explained(lambda why: f"{wrong} ({why}); replace or remove it"), Image.open(path) as image:
+        deep = f"{wrong}: it has more than 8 bits a pixel and channel; save it with 8"
+        require(image.mode[0] not in "IF", deep)  # which Pillow would cut off at 255
+        return image.convert("RGB")
 
 
 class Digits(Dataset):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.cli import UserError, explained, warn
+from utils.cli import explained, require, warn
 
 DAY = timedelta(days=1)
 
@@ -32,9 +32,8 @@ def join(device, backend=None):
         if device.index is not None and backend != "gloo" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
             warn(f"{device} serves one process: of several on a machine each takes a GPU of its own")
             device = torch.device("cuda")
-        if device.index is None and local >= found:
-            text = f"process {local} of this machine has no GPU of its own ({found} found); start fewer"
-            raise UserError(text)
+        lonely = f"process {local} of this machine has no GPU of its own ({found} found); start fewer"
+        require(device.index is not None or local < found, lonely)
         device = torch.device("cuda", local) if device.index is None else device
         torch.cuda.set_device(device)
     elif backend == "nccl":

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from utils.checkpoint import make_folder, save
-from utils.cli import Parser, UserError, explained, number, run_program
+from utils.cli import Parser, UserError, explained, number, require, run_program
 from utils.records import locked
 
 FIRST_TEST = 900  # the number of the first recording of a class that is for testing
@@ -30,7 +30,6 @@ def cifar10dvs(root, timesteps):
     Frames are cached in <root>/frames/T<timesteps>; those that lack there, or are older than their recording,
     are built. Raises UserError for files that are missing or damaged.
     """
-    root = root.expanduser()
     events, folder = root / "events", root / "frames" / f"T{timesteps}"
 
     def look():
@@ -70,7 +69,7 @@ def read_frames(timesteps, path):
 
 def unpack(root, events):
     """Unpack the ten zips in `root`, downloaded where they lack, to `events`: all of them or nothing."""
-    sources, draft = spikingjelly_parts()[0].CIFAR10DVS.resource_url_md5(), root / "events.part"
+    sources, draft = spikingjelly_parts()[0].resource_url_md5(), root / "events.part"
     shutil.rmtree(draft, ignore_errors=True)
     advice = f"put whole {', '.join(name for name, _, _ in sources)} into {root}"
     with explained(lambda why: f"no {events}, and {name} fails ({why}); {advice}"):
@@ -114,16 +113,15 @@ def integrate(recording, timesteps):
     x = 127 - raw x, y = raw y, polarity = 1 - raw polarity, as published. Raises UserError for a file that is
     damaged or holds fewer than T events.
     """
-    cifar10_dvs, tools = spikingjelly_parts()
+    _, read, integrate_events = spikingjelly_parts()
     what = f"cannot use the recording {recording}"
     with explained(lambda why: f"{what} ({why}); replace or remove it", OSError, UserError):
-        if not recording.read_bytes().startswith(b"#"):
-            raise UserError("it is empty or has no header")
+        require(recording.read_bytes().startswith(b"#"), "it is empty or has no header")
         with explained(lambda _: "it is cut in the middle of an event", ValueError):
-            events = cifar10_dvs._load_origin_data(recording)
-        if len(events["t"]) < timesteps:
-            raise UserError(f"{len(events['t'])} events are too few for {timesteps} frames")
-    frames = tools.integrate_events_by_fixed_frames_number(events, "number", timesteps, 128, 128)
+            events = read(recording)
+        few = f"{len(events['t'])} events are too few for {timesteps} frames"
+        require(len(events["t"]) >= timesteps, few)
+    frames = integrate_events(events, "number", timesteps, 128, 128)
     return torch.from_numpy(np.rot90(frames, 1, (-2, -1)).copy())  # spikingjelly's lie on their side
 
 
@@ -133,15 +131,19 @@ def shrink(frames):
 
 
 def spikingjelly_parts():
-    """The modules cifar10_dvs and utils of spikingjelly.datasets, imported on first use."""
+    """What we take of spikingjelly: its CIFAR10DVS, reader of recordings and integrator, at first use."""
     # Its speech data alone need torchaudio, which refuses to load beside a torch built for another CUDA.
     torchaudio = sys.modules.setdefault("torchaudio", ModuleType("stub"))
     try:
-        from spikingjelly.datasets import cifar10_dvs, utils
+        from spikingjelly import datasets
+        from spikingjelly.datasets import cifar10_dvs
     finally:
         if torchaudio.__name__ == "stub":
             del sys.modules["torchaudio"]
-    return cifar10_dvs, utils
+    source = cifar10_dvs.CIFAR10DVS
+    if hasattr(source, "load_origin_data"):  # of version 0.0.0.0.14, the last one for Python 3.10
+        return source, source.load_origin_data, datasets.integrate_events_by_fixed_frames_number
+    return source, cifar10_dvs._load_origin_data, datasets.utils.integrate_events_by_fixed_frames_number
 
 
 def draw(argv=None):
@@ -152,7 +154,7 @@ def draw(argv=None):
     parser.add_argument("--timesteps", type=number(int, 1), default=20)
     args = parser.parse_args(argv)
     frames = shrink(integrate(args.recording, args.timesteps)).numpy()
-    frames = np.minimum(frames / np.quantile(frames[frames > 0], 0.95), 1)
+    frames = np.minimum(frames / np.quantile(frames[frames > 0], 0.95), 1) if frames.any() else frames
     off, on = np.pad(frames, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=0.5).swapaxes(0, 1)
     colours = 1 - np.stack([off, np.maximum(on, off), on], axis=-1)  # (T, 50, 50, RGB) on white
     with explained(lambda why: f"cannot write {args.picture} ({why}); give a name that ends in .png"):

@@ -60,8 +60,7 @@ def load_run(path, accuracy):
     with explained(lambda _: lacking):
         content["best_acc"] = float(content[f"best_{accuracy}"])  # a number or a tensor of one element
         content["epoch"], content["iteration"] = int(content["epoch"]), int(content.get("iteration", 0))
-        if not all(0 <= content[key] < 2**31 for key in ("epoch", "iteration")):
-            raise ValueError
+        require(all(0 <= content[key] < 2**31 for key in ("epoch", "iteration")), lacking)
     content["args"] = args if isinstance(args := content.get("args"), dict) else {}  # official ones have none
     with explained(lambda _: f"{path} has arguments or a log that no run writes; give another file"):
         seed, values = content["args"].get("manualSeed", 0), [content.get("arch"), *content["args"].values()]

@@ -9,12 +9,11 @@ from datetime import datetime
 import torch
 
 from utils import checkpoint, distributed, foreign
-from utils.calibration import load_thresholds
 from utils.cli import UserError, explained, is_line, number, require, warn
 from utils.data import load_data, test_loader, train_loader
 from utils.records import TAKEN, alone
 from utils.statistics import neuron_layers
-from utils.thresholds import compare_neurons, start_thresholds
+from utils.thresholds import compare_neurons, load_thresholds, start_thresholds
 from utils.training import Run, autocast, evaluate
 
 NEURON_SETTINGS = ("timesteps", "Vth", "tau", "delta_t", "alpha", "Vth_bound")
@@ -108,6 +107,7 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, transfer=Fa
     trained = bool(resumed or args.pre_train)
     if resumed:
         checkpoint.load_weights(model, resumed["state_dict"], source)
+        checkpoint.compare_classes(resumed, data.train, source)
         steps = f" and {resumed['iteration']} iterations" if resumed["iteration"] else ""
         best = f", best top-1 {resumed['best_acc']:.2f} %" if resumed["best_acc"] >= 0 else ""
         label = f", trained on {resumed['args']['trained_on']}" if "trained_on" in resumed["args"] else ""
@@ -252,12 +252,9 @@ def build_model(args, classes, device, create_model):
 
 def say_engine(model, device, precision):
     """Print which engine computes the spiking layers, and why it is not the event engine."""
-    device = torch.device(device)
-    try:
-        with autocast(device, precision):
-            engine, reason = model.engine_in_use(device)
-    except RuntimeError as error:
-        raise UserError(f"--engine events: {error}; leave it out for the dense engine") from None
+    device, hint = torch.device(device), "leave it out for the dense engine"
+    with explained(lambda why: f"--engine events: {why}; {hint}", RuntimeError), autocast(device, precision):
+        engine, reason = model.engine_in_use(device)
     print(f"engine: {engine.name}" + (f" ({reason})" if reason else ""))
 
 

@@ -18,5 +18,5 @@ def round_weights(model, bits):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.weight
             largest = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.dim() - 1))
-            step = largest.clamp(min=torch.finfo(weight.dtype).tiny) / (2 ** (bits - 1) - 1)
+            step = (largest / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(weight.dtype).tiny)
             weight.copy_((weight / step).round() * step)

@@ -20,25 +20,25 @@ def make_optimizer(name, parameters, *, lr, momentum, weight_decay, nesterov=Fal
 
 
 def limit_steps(optimizer, thresholds, fitted):
-    """Have no step change a threshold by more than LARGEST_STEP of it, or to below SMALLEST of `fitted()`.
+    """Have no step change a threshold by more than LARGEST_STEP of it, or to below SMALLEST of the `fitted`.
 
-    Both are dicts by layer; `fitted` is called at the first step.
+    Both are dicts by layer, in which `fitted` may lack some.
     """
-    bounds, least = [], []
+    if not thresholds:
+        return
+    least = [threshold.new_tensor(SMALLEST * fitted.get(layer, 0)) for layer, threshold in thresholds.items()]
+    least, bounds = torch.stack(least), []
 
     def remember(*_):
         before = torch.stack([*thresholds.values()]).detach()
-        if not least:
-            least.append(before.new_tensor([SMALLEST * fitted().get(layer, 0) for layer in thresholds]))
-        bounds[:] = torch.maximum(before * (1 - LARGEST_STEP), *least), before * (1 + LARGEST_STEP)
+        bounds[:] = (before * (1 - LARGEST_STEP)).maximum(least), before * (1 + LARGEST_STEP)
 
     def limit(*_):
         for threshold, low, high in zip(thresholds.values(), *bounds):
             threshold.data.clamp_(low, high)
 
-    if thresholds:
-        optimizer.register_step_pre_hook(remember)
-        optimizer.register_step_post_hook(limit)
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(limit)
 
 
 def load_optimizer(optimizer, state, path):

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.cli import Parser, explained, number, require, run_program
+from utils.data import read_image
 
 SIZE = 128  # pixels of the camera
 FINE = 4  # positions a pixel: the image moves by quarters of one
@@ -80,7 +81,9 @@ def main(argv=None):
                 require(files, f"no pictures in {folder}; known are {', '.join(IMG_EXTENSIONS)}")
                 for index, file in enumerate(files, start=first):
                     path = draft / folder.name / f"cifar10_{folder.name}_{index}.aedat"
-                    write_aedat(path, *record(Image.open(file), seed=index))
+                    found = record(read_image(file), seed=index)
+                    require(found.size, f"{file} makes no events, as it is of one gray; remove it")
+                    write_aedat(path, *found)
                     written += path.stat().st_size
                 so_far = f"{written / 1e6:.0f} MB so far"
                 print(f"{split}/{folder.name}: {len(files)} recordings, {so_far}", flush=True)

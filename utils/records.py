@@ -40,30 +40,23 @@ class RunFiles:
 
 @contextmanager
 def locked(file, timeout=-1):
-    """While open, others wait for this process; Timeout after so many seconds of waiting for another."""
-    lock = FileLock(file, timeout=timeout)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise
-    except (OSError, NotImplementedError):  # a file system without locks: nobody can tell
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+    """While open, others wait for this process; yields False if another has it after so many seconds."""
+    with ExitStack() as stack:
+        free = True
+        try:
+            stack.enter_context(FileLock(file, timeout=timeout))
+        except Timeout:
+            free = False
+        except (OSError, NotImplementedError):  # a file system without locks: nobody can tell
+            pass
+        yield free
 
 
 @contextmanager
 def alone(files):
     """While open, no other run leaves these files, of all processes of this one; UserError if one does."""
-    free = True
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(files.lock, timeout=0) if rank() == 0 else nullcontext())
-        except Timeout:
-            free = False
-        busy = f"{files.log.stem} is running already; wait for it, stop it or choose another --name"
+    busy = f"{files.log.stem} is running already; wait for it, stop it or choose another --name"
+    with locked(files.lock, timeout=0) if rank() == 0 else nullcontext(True) as free:
         require(broadcast(free), busy)
         yield
 
@@ -115,5 +108,5 @@ def draw_curves(rows, file, title):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(file, format="pdf")

@@ -51,15 +51,12 @@ def firing_rates(counts):
 @contextmanager
 def unrolled(model):
     """While open, a network's forward pass calls every module of it, which the collapsed one does not."""
-    networks = [module for module in model.modules() if isinstance(getattr(module, "backward", None), str)]
-    networks = [(network, network.backward) for network in networks]
-    for network, _ in networks:
-        network.backward = "unrolled"
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(getattr(module, "backward", None), str):
+                stack.callback(setattr, module, "backward", module.backward)
+                module.backward = "unrolled"
         yield
-    finally:
-        for network, backward in networks:
-            network.backward = backward
 
 
 def hits(logits, labels):

@@ -1,11 +1,12 @@
 """The thresholds a run starts with, fitted to its data or brought along; their table and the warnings."""
 
 import torch
+from torch import nn
 
 from utils import distributed, foreign
 from utils.cli import few, require, warn
 from utils.data import mix_seed, unaugmented
-from utils.statistics import neuron_layers, published_name
+from utils.statistics import neuron_layers, published_name, threshold_name
 
 IMAGES, BATCHES = 256, 8  # to fit to, at most
 LOST = 0.5  # of what a layer should represent: above it a threshold is worth a word
@@ -87,3 +88,36 @@ def compare_neurons(args, model, content, path):
     if differing := [name for name in known if earlier[name] != now[name]]:
         text = "; ".join(f"{name} {str(earlier[name])[:60]}, now {now[name]}" for name in differing)
         warn(f"{path} has thresholds for {text}; --Vth auto fits others")
+
+
+@torch.no_grad()
+def calibrate(model, batches, samples, fraction=0.999):
+    """Layer -> the value that `fraction` of a ReLU's outputs lie below: element int(fraction*n) of n, sorted.
+
+    Exact, for any split of the `samples` images into batches: as their number is known beforehand, so is how
+    many of the largest values can matter; no more (one in a thousand) are kept while the batches stream by.
+    """
+    largest, names = {}, {module: threshold_name(name) for name, module in model.named_modules()}
+
+    def keep(module, inputs):
+        if not isinstance(module, nn.ReLU):
+            return
+        name, values = names[module], inputs[0].relu().flatten()
+        n = values.numel() // len(inputs[0]) * samples
+        count = n - int(fraction * n)
+        values = torch.cat([largest.get(name, values[:0]), values])
+        largest[name] = values.topk(min(count, len(values))).values
+
+    model.eval()
+    with nn.modules.module.register_module_forward_pre_hook(keep):
+        for images in batches:
+            model(images)
+    return {name: values[-1].cpu().clone() for name, values in largest.items()}
+
+
+def load_thresholds(model, path):
+    """Start every neuron layer at the value of a threshold file: an IF at it, a LIF at it times delta_t."""
+    neurons = {threshold_name(name): neuron for name, neuron in neuron_layers(model)}
+    require(neurons, f"an ANN takes no thresholds, such as those in {path}; choose an SNN")
+    for name, value in foreign.read_thresholds(path, list(neurons)).items():
+        neurons[name].Vth.data.fill_(value * getattr(neurons[name], "delta_t", 1))

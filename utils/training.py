@@ -123,9 +123,10 @@ def evaluate(model, loader, device, precision="fp32", stop=None):
 def warn_if_silent(model, rates):
     """A network in which no spike gets through learns nothing, and nothing else would tell."""
     silent = [layer for layer, rate in rates.items() if not rate]
-    first = next(parameter for parameter in model.parameters() if parameter.dim() > 1)
+    first = next((p for p in model.parameters() if p.dim() > 1 and p.requires_grad), None)
     what = [f"no spike of the first batch in {few(silent)}"] if silent else []
-    what += [] if first.grad.any() else ["the gradient of the first batch is exactly zero at the first layer"]
+    lost = first is not None and not first.grad.any()
+    what += ["the gradient of the first batch is exactly zero at the first layer"] * lost
     if what:
         hint = "say --Vth auto, or lower --Vth or --alpha, or raise --timesteps, --delta_t or the batch size"
         warn(f"{'; '.join(what)}; {hint}")
@@ -145,10 +146,6 @@ class Run:
         require(smallest * model.timesteps > 1, lonely)
         recipe = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
         self.optimizer = make_optimizer(args.optimizer, model.parameters(), **recipe)
-        if args.Vth == "auto":
-            thresholds = {layer: neuron.Vth for layer, neuron in statistics.neuron_layers(model)}
-            thresholds = {layer: Vth for layer, Vth in thresholds.items() if Vth.requires_grad}
-            limit_steps(self.optimizer, thresholds, lambda: args.fitted_Vth or {})
         self.epoch, self.step, self.sums = args.start_epoch, 0, None
         self.best_acc, self.rows = -1.0, None  # the first epoch makes this run's first best
         self.recorder, self.warned = None, set()  # the recorder is rank 0's, which alone writes
@@ -184,6 +181,10 @@ class Run:
         curve = dict(lr=args.lr, epochs=args.epochs, steps_per_epoch=self.steps, warmup=args.warmup)
         curve |= dict(first_step=self.epoch * self.steps + self.step, within=args.warmup_within_first_epoch)
         self.schedule = warmup_cosine(self.optimizer, **curve)
+        if args.Vth == "auto":
+            neurons, fitted = statistics.neuron_layers(self.model), getattr(args, "fitted_Vth", None)
+            thresholds = {layer: neuron.Vth for layer, neuron in neurons if neuron.Vth.requires_grad}
+            limit_steps(self.optimizer, thresholds, fitted or {})
         with StopRequest() as stop:
             while self.epoch < args.epochs:
                 self.run_epoch(stop)

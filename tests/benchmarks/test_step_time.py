@@ -1,5 +1,8 @@
 """What benchmarks/step_time.py measures."""
 
+import sys
+
+import pytest
 import torch
 
 from benchmarks.rounded import rounded
@@ -16,6 +19,7 @@ def test_weights_of_a_checkpoint_are_measured(tmp_path):
     assert built.keys() == state.keys() and all(torch.equal(built[key], state[key]) for key in state)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="SpikingJelly 2 needs Python 3.11")
 def test_the_peer_computes_what_the_unrolled_network_does():
     """SpikingJelly's neurons in the same network, with the same weights."""
     args = get_parser().parse_args(["--model", "preresnet.resnet20_if", "--batch", "2", "--Vth", "0.5"])

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -129,6 +130,24 @@ def test_predict(tiny, capsys):
         assert sum(map(float, shares[1::3])) == pytest.approx(100, abs=0.11)
     # ResNet-20 has somewhat less than 41 million multiply-accumulates, of 4.6 pJ.
     assert all(170 < float(line.split("the same shape ")[1].split()[0]) < 188 for line in lines[1::2])
+
+
+def test_predict_sees_photographs_upright(tmp_path, capsys):
+    """Cameras leave a turned picture as it was taken and note how to turn it: Exif 274, 3 for 180 degrees."""
+    (network,) = (str(file.with_suffix(".pth")) for file in SHIPPED if file.stem == "resnet20_lif_cifar10")
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+    turned = picture.transpose(Image.Transpose.ROTATE_180)
+    turned.getexif()[274] = 3
+    (tmp_path / "no picture.png").mkdir()
+    picture.save(tmp_path / "a.png")
+    turned.save(tmp_path / "b.png", exif=turned.getexif())
+    predict.main([str(tmp_path), "--network", network])
+    _, first, _, second, _ = capsys.readouterr().out.splitlines()
+    assert first.partition(": ")[2] == second.partition(": ")[2]
+    turned.save(tmp_path / "b.png")
+    predict.main([str(tmp_path), "--network", network])
+    assert capsys.readouterr().out.splitlines()[3].partition(": ")[2] != first.partition(": ")[2]
 
 
 def test_predict_by_a_run_of_ones_own(tiny, capsys):

@@ -465,12 +465,23 @@ def test_training_leaves_half_of_a_fitted_threshold():
     """Pushed down without end by 2 % a step, from 0.08 and 0.4, fitted were 0.1 and 0.4: to 0.05 and 0.2."""
     thresholds = {name: torch.nn.Parameter(torch.tensor(Vth)) for name, Vth in (("a", 0.08), ("b", 0.4))}
     optimizer = torch.optim.SGD(thresholds.values(), 1.0)
-    limit_steps(optimizer, thresholds, lambda: dict(a=0.1, b=0.4))
+    limit_steps(optimizer, thresholds, dict(a=0.1, b=0.4))
     for _ in range(60):
         for Vth in thresholds.values():
             Vth.grad = torch.ones(())
         optimizer.step()
     assert [Vth.item() for Vth in thresholds.values()] == pytest.approx([0.05, 0.2])
+
+
+def test_data_of_other_class_names_are_named(small, images, capsys):
+    """Labels are numbers in the order of the names, which another name may change."""
+    small("--epochs 1")
+    small("--resume auto --evaluate")
+    assert "class names" not in capsys.readouterr().err
+    for split in ("train", "test"):
+        (images / split / "blue").rename(images / split / "violet")
+    small("--resume auto --evaluate")
+    assert "trained on other class names than those here: blue, now red" in capsys.readouterr().err
 
 
 def test_thresholds_of_other_neurons_are_named(small, capsys):

@@ -296,3 +296,32 @@ def test_where_the_clamp_passes_at_its_ends(name, dtype, closed, passed):
     assert G.flatten().tolist() == [6.0 * passes for passes in passed]
     S1, _, above = clamped.sums(x, x.new_zeros(1))
     assert (S1.item(), above.item()) == (6.0 * sum(passed), 3.0)
+
+
+@pytest.mark.parametrize("name", ["dense", "events"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_of_if_neurons_behind_a_pool(name, dtype):
+    """Quarters of spikes often meet the point of firing, two of them, and the ends of the clamp exactly."""
+    torch.manual_seed(0)
+    T, engine, pool = 5, choose_engine(name, "cpu")[0], nn.AvgPool2d(2)
+    spikes = (torch.rand(T, 3, 16, 6, 6) < 0.5).to(dtype)
+    spikes[:, 0], spikes[:, 1] = 0, 1
+    mean = spikes.mean(0).requires_grad_()
+    train = SpikeTrain(
+        Spikes(spikes.flatten(0, 1)), T, "collapsed", engine, torch.ones((), dtype=dtype), mean, mean
+    )
+    neuron = IFNeuron(timesteps=T, Vth=1.0, alpha=0.5).to(dtype)
+    out = spiking_layer([(nn.Identity(), train.map(pool))], None, neuron)
+    potential, expected = 0, []
+    for quarters in (4 * pool(spikes.flatten(0, 1))).round().int().unflatten(0, (T, 3)):
+        potential = potential + quarters
+        fired = potential >= 2
+        expected.append(fired)
+        potential = potential - 4 * fired.int()
+    assert torch.equal(out.spikes.dense().bool(), torch.cat(expected))
+    g = torch.randn(3, 16, 3, 3, dtype=dtype)
+    grad, of_Vth = torch.autograd.grad(out.representation, (mean, neuron.Vth), g)
+    torch.testing.assert_close(
+        grad, g.repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    )  # all of it passes
+    assert of_Vth == 0

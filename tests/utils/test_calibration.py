@@ -9,8 +9,8 @@ from torch import nn
 from models import create_model
 from tests import golden
 from utils import checkpoint
-from utils.calibration import calibrate, load_thresholds
 from utils.cli import UserError
+from utils.thresholds import calibrate, load_thresholds
 
 CASES = golden.network_cases("imagenet_models.json")
 CASES = {name: case for name, case in CASES.items() if name.startswith("preresnet_cal_Vth")}

@@ -202,6 +202,21 @@ def test_images_in_other_colour_modes_work(mode, images):
     assert load_data("imagefolder", images).test[0][0].shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("deep", [np.uint16, np.int32, np.float32])
+def test_an_image_of_more_than_8_bits_is_refused(deep, images):
+    """Pillow's RGB of it is white above 255: 12 and 16 bit pictures would all look alike."""
+    path = images / "train" / "red" / "deep.tif"
+    Image.fromarray(np.full((32, 32), 40000, deep)).save(path)
+    data = load_data("imagefolder", images).train
+    with pytest.raises(UserError, match="red/deep.tif: it has more than 8 bits"):
+        [image for image, _ in data]
+
+
+def test_a_path_may_begin_at_home(images, monkeypatch):
+    monkeypatch.setenv("HOME", str(images.parent))
+    assert len(load_data("imagefolder", f"~/{images.name}").train) == 10
+
+
 def test_a_truncated_image_is_named(images):
     path = images / "train" / "red" / "4.png"
     path.write_bytes(path.read_bytes()[:500])

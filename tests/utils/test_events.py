@@ -204,7 +204,7 @@ def zips(tmp_path, monkeypatch):
                 archive.writestr(f"{name}/cifar10_{name}_{number}.aedat", WHOLE)
         md5 = hashlib.md5((tmp_path / f"{name}.zip").read_bytes()).hexdigest()
         sources.append((f"{name}.zip", f"https://nowhere.invalid/{name}", md5))
-    dataset = spikingjelly_parts()[0].CIFAR10DVS
+    dataset = spikingjelly_parts()[0]
     monkeypatch.setattr(dataset, "resource_url_md5", lambda: sources)
 
     def refuse(*args, **kwargs):
@@ -244,6 +244,20 @@ def test_a_picture_of_the_frames(tmp_path):
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[:2] == (150, 4 * 150)
     assert (pixels[..., 0] > pixels[..., 2]).any() and (pixels[..., 0] < pixels[..., 2]).any()
+
+
+def test_a_picture_of_events_that_the_resize_does_not_see(tmp_path):
+    """Output pixels lie between inputs 0 and 1, 3 and 4, 5 and 6, ...: never at 2."""
+    path = write(tmp_path, content=pack([(2, 2, 1)] * 4))
+    draw([str(path), str(tmp_path / "strip.png"), "--timesteps", "2"])
+    pixels = matplotlib.image.imread(tmp_path / "strip.png")
+    assert pixels[3:147, 3:147, :3].min() == 1  # white, within a frame of 3 pixels
+
+
+def test_the_recorder_refuses_a_picture_of_one_gray(images, tmp_path):
+    Image.new("RGB", (32, 32), "white").save(images / "test" / "red" / "0.png")
+    with pytest.raises(UserError, match="red/0.png makes no events"):
+        recorder([str(images), str(tmp_path / "out"), "--train", "1", "--test", "1"])
 
 
 def test_recorder_makes_upright_events(tmp_path):

@@ -18,6 +18,14 @@ def test_by_hand():
     assert torch.equal(layer.bias, bias)
 
 
+@pytest.mark.parametrize("bits", [2, 25, 26, 32])
+def test_a_channel_of_zeros_stays(bits):
+    layer = nn.Linear(3, 2)
+    layer.weight.data = torch.tensor([[0.0, 0.0, 0.0], [1e-12, 0.0, -1.0]])
+    round_weights(layer, bits)
+    assert layer.weight.tolist() == [[0, 0, 0], [0, 0, -1]]
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_batch_norm_is_folded(bits, float64):
     """Convolution and batch norm as one convolution, whose weights are then rounded: the same outputs."""

@@ -134,6 +134,25 @@ def test_evaluation_is_without_gradients_and_keeps_the_model():
     assert len(rates) == 21
 
 
+def steps_of(model, loader):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = warmup_cosine(optimizer, lr=0.1, epochs=1, steps_per_epoch=3, warmup=0)
+    parts = dict(loader=loader, optimizer=optimizer, schedule=schedule, metrics=Metrics("cpu"))
+    return train_steps(model, **parts, device="cpu", title="", precision="fp32", first=0)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_layers_may_be_frozen(frozen, capsys):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    for layer in model[:frozen]:
+        layer.weight.requires_grad_(False)
+    before = [layer.weight.clone() for layer in model]
+    samples = [(torch.randn(6), i % 3) for i in range(12)]
+    loader = train_loader(samples, batch_size=4, workers=0, seed=0, pin_memory=False)
+    assert list(steps_of(model, loader)) == [1, 2, 3] and "warning" not in capsys.readouterr().err
+    assert [torch.equal(layer.weight, old) for layer, old in zip(model, before)] == [True, frozen == 2]
+
+
 def test_a_forward_pass_has_the_memory_of_the_last_gradients():
     torch.manual_seed(0)
     model, seen = nn.Linear(6, 3), []
@@ -141,10 +160,7 @@ def test_a_forward_pass_has_the_memory_of_the_last_gradients():
     loader = train_loader(
         [(torch.randn(6), i % 3) for i in range(12)], batch_size=4, workers=0, seed=0, pin_memory=False
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = warmup_cosine(optimizer, lr=0.1, epochs=1, steps_per_epoch=3, warmup=0)
-    parts = dict(loader=loader, optimizer=optimizer, schedule=schedule, metrics=Metrics("cpu"))
-    steps = train_steps(model, **parts, device="cpu", title="", precision="fp32", first=0)
+    steps = steps_of(model, loader)
     assert [(step, bool(model.weight.grad.any())) for step in steps] == [(1, True), (2, True), (3, True)]
     assert seen == [[True, True]] * 3
 
@@ -229,6 +245,14 @@ def test_the_log_of_a_resumed_run_has_each_epoch_once(tmp_path):
     record(Recorder(files, 2, recorder.rows[:2]), 2)  # goes on from the checkpoint of epoch 2
     rows = [line.split("\t")[1] for line in files.log.read_text().splitlines()[1:]]
     assert rows == ["0.000000", "1.000000", "2.000000"]
+
+
+def test_a_name_may_look_like_a_formula(tmp_path):
+    """Matplotlib takes what stands between two dollars for TeX."""
+    files = RunFiles(tmp_path, "run_$5_$6$$")
+    checkpoint.make_folder(files.tensorboard)
+    record(Recorder(files, 0, None), 0)
+    assert files.curves.read_bytes().startswith(b"%PDF")
 
 
 def test_an_official_log_is_read(tmp_path):
