@@ -71,7 +71,7 @@ class Outcome:
 def epochs_done(files, args):
     """The rows of a run's log; a run killed just after its checkpoint has the last row in that alone."""
     rows = foreign.read_log(files.log) if files.log.exists() else []
-    if files.checkpoint.exists() and len(rows) < args["epochs"]:
+    if files.checkpoint.exists() and len(rows) < args.get("epochs", 0):
         try:
             content = foreign.load(files.checkpoint)
         except UserError as error:  # the run goes on from an older one

@@ -1,4 +1,4 @@
-"""The thresholds a run starts with, fitted to its data or brought along; their table and the warnings."""
+"""The thresholds a run starts with: fitted to its data, or from the activations of an ANN (section 5.1)."""
 
 import torch
 from torch import nn
