@@ -72,10 +72,9 @@ def collapsed_layer(branches, bn, neuron):
     dtype = autocast_dtype(neuron.Vth.device) or neuron.Vth.dtype
     layer = Layer(branches, bn, neuron, first, dtype, needed=torch.is_grad_enabled())
     with without_autocast(neuron.Vth.device):  # also for weights that are computed, as parametrizations do
-        inputs = [
-            (train.representation, *affine(linear), *affine(inner)) for linear, inner, train in branches
-        ]
-        flat = [tensor for of_branch in inputs for tensor in of_branch]
+        flat = []
+        for linear, inner, train in branches:
+            flat += [train.representation, *affine(linear), *affine(inner)]
         mean, representation = CollapsedLayer.apply(layer, neuron.Vth, *affine(bn), *flat)
     return layer.spikes, mean, representation
 
@@ -162,7 +161,7 @@ class LayerGradient:
     def at(self, sequence, times=1):
         """times * (A + c*sequence), (B, ...); times * A without a sequence."""
         a, d, c = (v if times == 1 else times * v for v in (self.record.norm.a, self.d, self.c))
-        return self.clamped.affine(a, d, c, sequence)
+        return self.clamped.parts(a, d, c, sequence, 1)[sequence is not None]
 
     @cached_property
     def parts(self):

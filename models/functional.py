@@ -56,11 +56,6 @@ def leak(tau, delta_t):
     return lam, 1 - lam
 
 
-def rate(sequence):
-    """The representation of an IF layer: mean over time. (T, B, ...) -> (B, ...)."""
-    return sequence.mean(0)
-
-
 def decay_weights(timesteps, tau, delta_t):
     """w_t / sum w_t, with w_t = exp(-(T-t)*delta_t/tau), t = 1..T."""
     weights = [math.exp(-age * delta_t / tau) for age in reversed(range(timesteps))]
@@ -68,17 +63,14 @@ def decay_weights(timesteps, tau, delta_t):
     return [weight / total for weight in weights]
 
 
-def weighted_rate(sequence, weights):
-    """The representation of a LIF layer: sum_t w_t y_t with `decay_weights`. (T, B, ...) -> (B, ...)."""
+def representation(sequence, weights):
+    """IF (`weights` None): rate(y) = mean_t y_t. LIF: wrate(y) = sum_t w_t*y_t. (T, B, ...) -> (B, ...)."""
+    if weights is None:
+        return sequence.mean(0)
     total = sequence[0] * weights[0]
     for weight, step in zip(weights[1:], sequence[1:]):
         total = total.add(step, alpha=weight)
     return total
-
-
-def representation(sequence, weights):
-    """Of a layer whose `weights` these are; None: all alike. (T, B, ...) -> (B, ...)."""
-    return rate(sequence) if weights is None else weighted_rate(sequence, weights)
 
 
 @dataclass

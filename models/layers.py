@@ -17,7 +17,7 @@ from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
 from models.functional import autocast_dtype
 from models.neurons import Neuron, averaging
-from models.synchronized import synchronize
+from models.synchronized import SynchronizedBatchNorm
 from models.trains import DROPOUTS, SpikeTrain
 
 BACKWARDS = ("collapsed", "unrolled", "rate")
@@ -87,7 +87,9 @@ class SpikingNetwork(nn.Module):
 
     def synchronize(self):
         """Let batch norm work over the batches of all processes."""
-        synchronize(self)
+        for norm in self.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.__class__ = SynchronizedBatchNorm
 
     def compile_loops(self):
         """Run the dense engine's time loops through torch.compile. RuntimeError without loops or compiler."""

@@ -70,11 +70,8 @@ def per_branch(flat):
     return [PerBranch(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
-@dataclass
-class Slot:
+class Slot(int):
     """Where a record's tensor was, while autograd keeps it."""
-
-    index: int
 
 
 def stow(ctx, record):
@@ -92,7 +89,7 @@ def stow(ctx, record):
 def unstow(ctx):
     """The record that was saved."""
     tensors = ctx.saved_tensors
-    return replaced(ctx.record, Slot, lambda slot: tensors[slot.index])
+    return replaced(ctx.record, Slot, tensors.__getitem__)
 
 
 def replaced(value, kind, function):
@@ -104,6 +101,5 @@ def replaced(value, kind, function):
     if not hasattr(type(value), "__dataclass_fields__"):
         return value
     copied = object.__new__(type(value))  # faster than `dataclasses.replace`, which counts in small layers
-    for name, item in vars(value).items():
-        setattr(copied, name, replaced(item, kind, function))
+    copied.__dict__ = {name: replaced(item, kind, function) for name, item in vars(value).items()}
     return copied

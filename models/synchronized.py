@@ -62,13 +62,6 @@ class Total(torch.autograd.Function):
         return Total.apply(grad)
 
 
-def synchronize(module):
-    """Make every batch norm inside `module` a SynchronizedBatchNorm, in place."""
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.__class__ = SynchronizedBatchNorm
-
-
 def normalization(bn, seen, gamma, beta, like):
     """A Norm from what was seen (None: eval mode); keeps the running statistics. `bn` None: z = y."""
     if bn is None:
@@ -101,7 +94,6 @@ def means(S1, S2, n, norm):
     """The sums over n elements as means, over all processes if synchronized; 0 for a frozen batch norm."""
     if norm.frozen:
         return torch.zeros_like(S1), torch.zeros_like(S2)
-    if not isinstance(norm.module, SynchronizedBatchNorm):
-        return S1 / n, S2 / n
-    S1, S2, n = Total.apply(torch.stack([S1, S2, torch.full_like(S1, n)]))
+    if isinstance(norm.module, SynchronizedBatchNorm):
+        S1, S2, n = Total.apply(torch.stack([S1, S2, torch.full_like(S1, n)]))
     return S1 / n, S2 / n

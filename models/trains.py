@@ -10,10 +10,10 @@ from models.engines.dense import Spikes
 from models.engines.interface import calls
 from models.functional import Read, without_autocast
 
-AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-AVERAGES += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 DROPOUTS = nn.modules.dropout._DropoutNd  # of all kinds
-LINEAR = (*AVERAGES, nn.Flatten, nn.Unflatten, nn.Identity)  # and without parameters: `map` takes them unseen
+# Linear, and without parameters: `map` takes them unseen.
+LINEAR = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Flatten, nn.Unflatten, nn.Identity)
+LINEAR += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 CHECKED = WeakSet()  # modules that `map` has looked at: once is enough, as a GPU waits for it
 
 
@@ -115,12 +115,10 @@ class SpikeTrain:
             parts = self.spikes.split(batch * max(1, self.timesteps // 4))
             parts = [function(part if self.amplitude is None else part * self.amplitude) for part in parts]
             spikes = Spikes(torch.cat(parts))
-            if self.mean is None:  # nothing will be differentiated
-                return replace(self, spikes=spikes, amplitude=None)
-            with without_autocast(self.mean.device):
-                mean = function(self.mean)
-        with without_autocast(self.representation.device):
-            representation = function(self.representation)
+        if self.mean is None:  # nothing will be differentiated
+            return replace(self, spikes=spikes, amplitude=None)
+        with without_autocast(self.mean.device):
+            mean, representation = function(self.mean), function(self.representation)
         return replace(self, spikes=spikes, amplitude=None, mean=mean, representation=representation)
 
     def drop(self, dropout):

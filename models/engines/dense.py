@@ -76,13 +76,9 @@ class Clamped:
         centred = y_mean - along_channels(mu, y_mean)
         return per_channel(self.G), per_channel(self.G * centred), (self.g * self.above).sum()
 
-    def affine(self, a, d, c, sequence):
-        A = along_channels(a, self.G) * self.G + along_channels(d, self.G)
-        return A if sequence is None else A.addcmul_(along_channels(c, A), sequence)
-
     def parts(self, a, d, c, sequence, times):
-        A = self.affine(a, d, c, None)
-        return times * A, A.addcmul_(along_channels(c, A), sequence)
+        A = along_channels(a, self.G) * self.G + along_channels(d, self.G)
+        return times * A, None if sequence is None else A.addcmul_(along_channels(c, A), sequence)
 
 
 class Currents:

@@ -13,26 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import functional
-from models.engines import dense
+from models.engines import dense, kernels
 from models.engines.interface import Observation
-from models.engines.kernels import (
-    CELLS,
-    DOUBLE,
-    TILE_A,
-    TILE_B,
-    TILE_SPLIT,
-    WORD,
-    ClampArguments,
-    KernelLayer,
-    Kernels,
-    Spikes,
-    cells,
-    channels_last,
-    filled_up,
-    geometry,
-    is_plain,
-    whole_words,
-)
 
 TILE_GRADIENT = 1024  # outputs of a tile for a weight's gradient
 FEW = 64  # output channels, below which the dense engine computes a weight's gradient faster
@@ -62,7 +44,7 @@ class EventEngine(dense.DenseEngine):
 
     def __init__(self, library, limit=1.0):
         super().__init__()
-        self.kernels, self.limit = Kernels(library), limit
+        self.kernels, self.limit = kernels.Kernels(library), limit
 
     def currents(self, branches, neuron, dtype):
         if neuron.dynamics is not functional.membrane:
@@ -76,23 +58,23 @@ class EventEngine(dense.DenseEngine):
 
     def takes(self, branch):
         spikes = branch.train.spikes
-        if not isinstance(spikes, Spikes) or spikes.density > self.limit:
+        if not isinstance(spikes, kernels.Spikes) or spikes.density > self.limit:
             return False
         if branch.weight is None:
             return True
         fits = branch.weight.shape[1] == spikes.channels
-        return fits and is_plain(branch.linear, branch.weight, spikes.width)
+        return fits and kernels.is_plain(branch.linear, branch.weight, spikes.width)
 
     def clamped(self, clamp, g):
-        return Clamped(self.kernels, clamp, g)
+        return Clamped(self, clamp, g)
 
     def weight_gradient(self, linear, weight, x, grad, scaled_Qs):
         """By events too, as most neurons never fire: pass A of a layer whose currents are `grad`."""
         if not self.suits(linear, weight, x, grad, scaled_Qs):
             scaled_Qs = [(c, self.unpacked(Q, weight.shape)) for c, Q in scaled_Qs]
             return super().weight_gradient(linear, weight, x, grad, scaled_Qs)
-        inputs, outputs = whole_words(x), whole_words(grad)
-        layer = KernelLayer(self.kernels, outputs.shape, 1, [weight], outputs)
+        inputs, outputs = kernels.whole_words(x), kernels.whole_words(grad)
+        layer = kernels.KernelLayer(self.kernels, outputs.shape, 1, [weight], outputs)
         Q = layer.new_Q(weight, inputs.shape[-1], self.sum_of(scaled_Qs, layer))
         layer.add(inputs.shape, linear, values=inputs, Q=Q)
         layer.add(outputs.shape, values=outputs)
@@ -105,15 +87,15 @@ class EventEngine(dense.DenseEngine):
         if not isinstance(linear, nn.Conv2d) or len(weight) < FEW:
             return False
         forms = {Q.blocks.shape if isinstance(Q, PackedQ) else None for _, Q in scaled_Qs}
-        fits = cells(*grad.shape[2:]) <= CELLS
-        return fits and len(forms) < 2 and None not in forms and is_plain(linear, weight, x.shape[-1])
+        fits = kernels.cells(*grad.shape[2:]) <= kernels.CELLS
+        return fits and len(forms) < 2 and None not in forms and kernels.is_plain(linear, weight, x.shape[-1])
 
     def sum_of(self, scaled_Qs, layer):
         """sum c*Q in the form in which a weight's gradient is added to it, or None."""
         total = None
         for c, Q in scaled_Qs:
             layer.block = Q.blocks.shape[-1]
-            scaled = Q.blocks * filled_up(c * Q.amplitude, layer.channels).view(-1, 1, layer.block)
+            scaled = Q.blocks * kernels.filled_up(c * Q.amplitude, layer.channels).view(-1, 1, layer.block)
             total = scaled if total is None else total.add_(scaled)
         return total
 
@@ -126,7 +108,7 @@ def currents_shape(branch):
     spikes = branch.train.spikes
     channels, size = spikes.channels, (spikes.height, spikes.width)
     if branch.weight is not None:
-        kernel, stride, padding = (numbers[0] for numbers in geometry(branch.linear))
+        kernel, stride, padding = (numbers[0] for numbers in kernels.geometry(branch.linear))
         channels, size = len(branch.weight), [(n + 2 * padding - kernel) // stride + 1 for n in size]
     return spikes.images, channels, *size
 
@@ -134,33 +116,29 @@ def currents_shape(branch):
 class Clamped:
     """The gradient g of a layer behind its clamp: G. See `interface`."""
 
-    def __init__(self, kernels, clamp, g):
-        self.kernels, self.g, self.channels = kernels, channels_last(g), g.shape[1]
-        self.r = channels_last(clamp.r)
-        self.kept = [self.g, self.r, self.of_channels(clamp.scale), self.of_channels(clamp.shift)]
+    def __init__(self, engine, clamp, g):
+        self.kernels, self.g, self.channels = engine.kernels, kernels.channels_last(g), g.shape[1]
+        vectors = self.of_channels(clamp.scale), self.of_channels(clamp.shift)
+        self.kept = [self.g, kernels.channels_last(clamp.r), *vectors]
         pointers = [tensor.data_ptr() for tensor in self.kept]
         size = g.numel() // self.channels, self.channels
-        arguments = ClampArguments(*pointers, clamp.ceiling.item(), clamp.gain, *size, clamp.closed)
+        arguments = kernels.ClampArguments(*pointers, clamp.ceiling.item(), clamp.gain, *size, clamp.closed)
         self.arguments = ctypes.byref(arguments)
 
     def of_channels(self, v):
-        v = v if len(v) == self.channels else v.expand(self.channels)
-        return v.to(self.g.dtype).contiguous()
+        return v.expand(self.channels).to(self.g.dtype).contiguous()
 
     def sums(self, y_mean, mu):
-        sums = self.g.new_empty(3, self.channels)
-        self.kernels("clamp_sums", self.g, self.arguments, channels_last(y_mean), self.of_channels(mu), sums)
+        sums, y_mean = self.g.new_empty(3, self.channels), kernels.channels_last(y_mean)
+        self.kernels("clamp_sums", self.g, self.arguments, y_mean, self.of_channels(mu), sums)
         S1, S2, above = sums
         return S1, S2, above.sum()
 
-    def affine(self, a, d, c, sequence):
-        return self.parts(a, d, c, sequence, 1)[sequence is not None]
-
     def parts(self, a, d, c, sequence, times):
-        vectors = [self.of_channels(v) for v in (a, d, c)]
+        vectors, times = [self.of_channels(v) for v in (a, d, c)], kernels.DOUBLE(times)
         constant, out = torch.empty_like(self.g), torch.empty_like(self.g)
-        sequence = None if sequence is None else channels_last(sequence)
-        self.kernels("gradient", self.g, self.arguments, *vectors, sequence, DOUBLE(times), constant, out)
+        sequence = None if sequence is None else kernels.channels_last(sequence)
+        self.kernels("gradient", self.g, self.arguments, *vectors, sequence, times, constant, out)
         return constant.movedim(-1, 1), out.movedim(-1, 1)
 
 
@@ -168,11 +146,11 @@ class StoredCurrents(dense.Currents):
     """Currents that the dense engine has computed, to fire by events."""
 
     def fire(self, scale, shift, needed):
-        T, y = self.neuron.timesteps, whole_words(self.y)
+        T, y = self.neuron.timesteps, kernels.whole_words(self.y)
         images = T * len(y) if self.static else len(y)
-        layer = KernelLayer(self.engine.kernels, (images, *y.shape[1:]), T, [], y)
+        layer = kernels.KernelLayer(self.engine.kernels, (images, *y.shape[1:]), T, [], y)
         layer.add(y.shape, values=y, still=self.static)
-        layer.tile(TILE_A, TILE_B)
+        layer.tile()
         return layer.fire(self.neuron, scale, shift, (images, *self.y.shape[1:]), needed)
 
 
@@ -187,11 +165,12 @@ class Currents:
         self.spikes = sum(density * weight[0].numel() for density, weight in zip(densities, weights))
         images, channels, *size = currents_shape(branches[0])
         self.shape = (images, channels, *size)[: len(branches[0].train.spikes.shape)]
-        shape, densest = (images, *size, -(-channels // WORD) * WORD), max(densities, default=0.0)
-        self.layer = KernelLayer(engine.kernels, shape, neuron.timesteps, weights, like, densest)
+        channels = -(-channels // kernels.WORD) * kernels.WORD  # whole words
+        shape, densest = (images, *size, channels), max(densities, default=0.0)
+        self.layer = kernels.KernelLayer(engine.kernels, shape, neuron.timesteps, weights, like, densest)
         for branch in branches:
             self.add(branch)
-        self.layer.tile(*(TILE_SPLIT, TILE_SPLIT) if self.layer.split else (TILE_A, TILE_B))
+        self.layer.tile(*(kernels.TILE_SPLIT, kernels.TILE_SPLIT) if self.layer.split else ())
 
     def add(self, branch):
         spikes, amplitude = branch.train.spikes, branch.train.amplitude

@@ -7,8 +7,8 @@
     clamped(clamp, g)                    G, the gradient g behind the clamp, in whatever form, with
         .sums(y_mean, mu)                -> per channel the sums of G and of G*(y_mean - mu); and the sum of
                                          the g above the ceiling
-        .affine(a, d, c, sequence)       -> a*G + d + c*sequence, (B, ...); a*G + d if the sequence is None
-        .parts(a, d, c, sequence, n)     -> n*(a*G + d), and a*G + d + c*sequence
+        .parts(a, d, c, sequence, n)     -> n*(a*G + d), and a*G + d + c*sequence, which says nothing if the
+                                         sequence is None: each (B, ...)
     weight_gradient(linear, weight, x, g, Qs)
                                          -> the gradient of the map's weight for input x and output gradient
                                          g, (B, ...), plus c*Q for each (c, Q)

@@ -149,7 +149,7 @@ class KernelLayer:
             Q[:1] = first
         return Q
 
-    def tile(self, of_a, of_b):
+    def tile(self, of_a=TILE_A, of_b=TILE_B):
         """Choose the tiles of the passes: so many outputs."""
         pixels, batch = self.height * self.width, self.images // self.timesteps
         share, T = 1 if self.split else self.threads, self.timesteps

@@ -22,7 +22,6 @@ from models import create_model
 from models.blocks import basic
 from models.preresnet import PreActResNet
 from models.registry import activation_factory
-from models.synchronized import synchronize
 from tests import chaos
 from tests.forks import ended, fork, free_port, side_by_side, torchrun
 from utils import distributed
@@ -99,7 +98,7 @@ def train(kind, backward, frozen):
             parameter.data += 0.3 * torch.randn_like(parameter)
     model(torch.randn(8, 3, 32, 32))  # running statistics to freeze
     if distributed.world_size() > 1 and not frozen:
-        synchronize(model)
+        model.synchronize()
     network = distributed.parallel(model, torch.device("cpu")).train(not frozen)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     rank, world = distributed.rank(), distributed.world_size()

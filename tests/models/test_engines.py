@@ -292,7 +292,7 @@ def test_where_the_clamp_passes_at_its_ends(name, dtype, closed, passed):
     one, ceiling = x.new_ones(1), x.new_tensor(0.7)
     clamp = Clamp(x, one, x.new_zeros(1), ceiling, closed, gain=2.0)
     clamped = choose_engine(name, "cpu")[0].clamped(clamp, 3 * torch.ones_like(x))
-    G = clamped.affine(one, x.new_zeros(1), x.new_zeros(1), None)
+    G = clamped.parts(one, x.new_zeros(1), x.new_zeros(1), None, 1)[0]
     assert G.flatten().tolist() == [6.0 * passes for passes in passed]
     S1, _, above = clamped.sums(x, x.new_zeros(1))
     assert (S1.item(), above.item()) == (6.0 * sum(passed), 3.0)
