@@ -7,8 +7,8 @@
     clamped(clamp, g)                    G, the gradient g behind the clamp, in whatever form, with
         .sums(y_mean, mu)                -> per channel the sums of G and of G*(y_mean - mu); and the sum of
                                          the g above the ceiling
-        .parts(a, d, c, sequence, n)     -> n*(a*G + d), and a*G + d + c*sequence, which says nothing if the
-                                         sequence is None: each (B, ...)
+        .parts(a, d, c, sequence, n)     -> n*(a*G + d), and a*G + d + c*sequence, of no use if the sequence
+                                         is None: each (B, ...)
     weight_gradient(linear, weight, x, g, Qs)
                                          -> the gradient of the map's weight for input x and output gradient
                                          g, (B, ...), plus c*Q for each (c, Q)
