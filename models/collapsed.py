@@ -41,7 +41,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from models.engines.interface import Branch, affine, calls
-from models.functional import Clamp, along_channels, autocast_dtype, per_channel, without_autocast
+from models.functional import Clamp, along_channels, per_channel, without_autocast, working_dtype
 from models.neurons import check_collapsed
 from models.records import BranchRecord, InnerRecord, PerBranch, Record, per_branch, stow, unstow
 from models.synchronized import means, normalization
@@ -69,7 +69,7 @@ def collapsed_layer(branches, bn, neuron):
     neuron.project_threshold()
     first = branches[0][1]
     branches = [(*split(linear, train), train) for linear, train in branches]
-    dtype = autocast_dtype(neuron.Vth.device) or neuron.Vth.dtype
+    dtype = working_dtype(neuron.Vth.device, neuron.Vth.dtype)
     layer = Layer(branches, bn, neuron, first, dtype, needed=torch.is_grad_enabled())
     with without_autocast(neuron.Vth.device):  # also for weights that are computed, as parametrizations do
         flat = []
@@ -98,7 +98,7 @@ class CollapsedLayer(torch.autograd.Function):
             for branch, own, need in zip(folded, inner, needs)
         ]
         seen = None if frozen else currents.observe(wanted if layer.needed else [False] * len(wanted))
-        norm = normalization(layer.bn, seen, gamma, beta, like=Vth)
+        norm = normalization(layer.bn, seen, gamma, beta, outputs(folded[0]), like=Vth)
         layer.spikes, moments = currents.fire(norm.a, norm.shift, layer.needed)
         neuron.report_spikes(layer.spikes)
         if not layer.needed:
@@ -223,13 +223,18 @@ def inner_norm(layer, branch, x, need):
         own = Branch(linear, x.weight, x.bias, train)
         currents = layer.first.engine.currents([own], layer.neuron, layer.dtype)
         seen = currents.observe([layer.needed and wants_Q(layer, linear, need)])
-    norm = normalization(inner, seen, x.gamma, x.beta, like=layer.neuron.Vth)
+    norm = normalization(inner, seen, x.gamma, x.beta, len(x.weight), like=layer.neuron.Vth)
     if not layer.needed:
         return InnerRecord(norm, None, None, None, None)
     apply = nn.functional.linear if isinstance(linear, nn.Linear) else linear._conv_forward
     y_mean, y_repr = (apply(m, x.weight, x.bias) for m in (train.mean, train.representation))
     cross = torch.zeros_like(norm.mu)  # matters only where c is not 0, and is computed there
     return InnerRecord(norm, y_mean, y_repr, cross, seen and seen.Qs[0])
+
+
+def outputs(branch):
+    """Channels of its currents."""
+    return branch.train.spikes.shape[1] if branch.weight is None else len(branch.weight)
 
 
 def wants_Q(layer, linear, need):

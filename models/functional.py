@@ -44,6 +44,11 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type) if known else None
 
 
+def working_dtype(device, dtype):
+    """The type of the convolutions of a network of this type: autocast's, which leaves float64 alone."""
+    return dtype if dtype == torch.float64 else autocast_dtype(device) or dtype
+
+
 def without_autocast(device):
     """A context in which autocast is off."""
     on = autocast_dtype(device) is not None

@@ -15,7 +15,7 @@ from torch import nn
 from models.collapsed import collapsed_layer
 from models.engines import ENGINES, choose_engine
 from models.engines.dense import DenseEngine, Spikes, compiled_loop
-from models.functional import autocast_dtype
+from models.functional import working_dtype
 from models.neurons import Neuron, averaging
 from models.synchronized import SynchronizedBatchNorm
 from models.trains import DROPOUTS, SpikeTrain
@@ -101,8 +101,7 @@ class SpikingNetwork(nn.Module):
         """-> (the engine that computes this network on the device, why it is not the event engine)."""
         if self._compiled is not None:
             return self._compiled, "compiled loops are dense"
-        dtype = autocast_dtype(device) or self._neuron.Vth.dtype
-        return choose_engine(self.engine, device.type, dtype)
+        return choose_engine(self.engine, device.type, working_dtype(device, self._neuron.Vth.dtype))
 
     def encode(self, x):
         """Inputs that stay, (B, F) or (B, C, H, W), repeat T times; (B, T, ...) are one a step. -> train."""

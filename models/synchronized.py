@@ -62,7 +62,7 @@ class Total(torch.autograd.Function):
         return Total.apply(grad)
 
 
-def normalization(bn, seen, gamma, beta, like):
+def normalization(bn, seen, gamma, beta, channels, like):
     """A Norm from what was seen (None: eval mode); keeps the running statistics. `bn` None: z = y."""
     if bn is None:
         zero, one = torch.zeros_like(like).view(1), torch.ones_like(like).view(1)
@@ -71,6 +71,8 @@ def normalization(bn, seen, gamma, beta, like):
         allowed = "a batch norm with torch's own forward pass and no hook before it, or None"
         allowed += "; `network.synchronize()` for one of all processes"
         raise TypeError(f'no collapsed layer with {bn}: {allowed}; else backward = "unrolled"')
+    if bn.num_features != channels:
+        raise ValueError(f"{bn} cannot normalise currents of {channels} channels")
     if bn.running_mean is None:
         raise ValueError(f"no collapsed layer with {bn}: it needs running statistics")
     if seen is None:

@@ -1,7 +1,6 @@
 """Spike trains: what travels between the layers of a network."""
 
 from dataclasses import dataclass, replace
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -14,11 +13,10 @@ DROPOUTS = nn.modules.dropout._DropoutNd  # of all kinds
 # Linear, and without parameters: `map` takes them unseen.
 LINEAR = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Flatten, nn.Unflatten, nn.Identity)
 LINEAR += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-CHECKED = WeakSet()  # modules that `map` has looked at: once is enough, as a GPU waits for it
 
 
 class Dropout(nn.Dropout):
-    """Dropout of a spike train: a mask for each time step, as published, or one `shared` by all of them."""
+    """Dropout of a train: a mask for each time step, as published, or, by `train.drop`, one `shared`."""
 
     def __init__(self, p=0.5, shared=False):
         super().__init__(p)
@@ -78,6 +76,8 @@ class SpikeTrain:
 
     def decode(self):
         """The representation of the values, (B, ...), differentiable: of the last layer, the logits."""
+        if self.neuron is None:
+            raise TypeError("the input has no representation: only a train that a neuron layer fired has one")
         if self.representation is None:  # unrolled, or nothing to differentiate
             return self.neuron.decode(self.values())
         return Read.apply(self.representation.detach(), self.representation, self.neuron.decoding_gain)
@@ -87,31 +87,33 @@ class SpikeTrain:
 
         `function` gets the rows of one or several steps, (n*B, ...), with any n.
         Where time is not unrolled, raises ValueError for a function that does not commute with the mean over
-        time (a max pool, a LayerNorm), and for one with parameters, which belongs into a branch.
+        time (a max pool, a LayerNorm), and for one with parameters, which belongs into a branch. One that it
+        does not know (see LINEAR) it tries at every step of training, as it may change; a GPU waits for that.
+        A still image may go through any, once for all time steps.
         """
-        known = self.unrolled or is_known(function)
-        if self.mean is None and not known and torch.is_grad_enabled():  # of a part under no_grad
-            if function(next(iter(self.spikes.split(1)))).requires_grad:
+        if not (self.unrolled or self.static or is_known(function)) and torch.is_grad_enabled():
+            if self.mean is not None:
+                check_linear(function, self.mean)
+            elif function(next(iter(self.spikes.split(1)))).requires_grad:  # of a part under no_grad
                 refuse_parameters(function)
-        elif not (known or self.static or self.mean is None):
-            check_linear(function, self.mean)
-            # not in eval mode, where it may do something else, nor with what may change: parameters, parts
-            alone = isinstance(function, nn.Module) and not [*function.parameters(), *function.children()]
-            if alone and function.training and not is_hooked(function):
-                CHECKED.add(function)
-        train = self.at_every_step(function)
-        if self.static and getattr(train.representation, "requires_grad", False):
-            refuse_parameters(function)
-        return train
+        return self.at_every_step(function)
 
     def at_every_step(self, function):
         """`map`, unchecked."""
         if self.unrolled:
             return replace(self, spikes=function(self.spikes))
+        if self.static:  # once, as the function may draw numbers, keep statistics, or work in place
+            image = self.spikes.dense().clone()
+            with without_autocast(image.device):
+                image = function(image)
+            if image.requires_grad:
+                refuse_parameters(function)
+            moments = {} if self.mean is None else dict(mean=image, representation=image)
+            return replace(self, spikes=Spikes(image.detach()), **moments)
         with torch.no_grad():
             # Amplitude first, as in unrolled networks: pooled spikes may tie with a threshold. A few steps at
             # a time: these copies could be the largest tensors of all.
-            batch = self.spikes.shape[0] // (1 if self.static else self.timesteps)
+            batch = self.spikes.shape[0] // self.timesteps
             parts = self.spikes.split(batch * max(1, self.timesteps // 4))
             parts = [function(part if self.amplitude is None else part * self.amplitude) for part in parts]
             spikes = Spikes(torch.cat(parts))
@@ -148,7 +150,7 @@ def is_known(function):
     """Whether it is linear as far as `map` knows, or a sequence of such."""
     if not is_hooked(function) and calls(function, nn.Sequential):
         return all(map(is_known, function))
-    return not is_hooked(function) and (calls(function, *LINEAR) or function in CHECKED)
+    return not is_hooked(function) and calls(function, *LINEAR)
 
 
 def refuse_parameters(function):

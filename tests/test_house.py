@@ -10,10 +10,10 @@ FILES = [*ROOT.glob("*.py"), *[path for folder in FOLDERS for path in (ROOT / fo
 LINES = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in FILES}
 
 
-def test_no_file_is_over_280_lines_and_all_together_not_over_6014():
+def test_no_file_is_over_280_lines_and_all_together_not_over_6037():
     assert {"reproduce.py", "models/neurons.py", "utils/training.py", "imagenet/main.py"} <= LINES.keys()
     assert {name: len(lines) for name, lines in LINES.items() if len(lines) > 280} == {}
-    assert sum(map(len, LINES.values())) <= 6014
+    assert sum(map(len, LINES.values())) <= 6037
 
 
 def test_no_function_is_over_50_lines():

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -436,7 +437,7 @@ def test_a_map_that_draws_is_refused():
             Mapped(extra=Depth())(torch.randn(2, 2, 8, 8))
 
 
-def test_a_part_of_a_map_that_changes_is_looked_at_again():
+def test_a_map_that_changes_is_looked_at_again():
     x, network = torch.randn(2, 2, 8, 8), Mapped(extra=nn.Sequential(nn.AvgPool2d(2)))
     network(x)
     network.extra[0] = nn.MaxPool2d(2)
@@ -448,9 +449,65 @@ def test_a_part_of_a_map_that_changes_is_looked_at_again():
     hooked = Mapped(extra=pool)
     hooked(x)
     pool.register_forward_pre_hook(lambda _, inputs: (inputs[0] ** 2,))
-    for changed in (network, other, hooked):
+    scheduled = Mapped(extra=torchvision.ops.StochasticDepth(p=0.0, mode="row"))
+    scheduled(x)
+    scheduled.extra.p = 0.5
+    for changed in (network, other, hooked, scheduled):
         with pytest.raises(ValueError, match="is not linear"):
             changed(x)
+
+
+class MappedImage(Net):
+    """The `extra` module in front of the layers."""
+
+    def spike(self, image):
+        train = spiking_layer([(self.conv1, image.map(self.extra))], self.bn1, self.neuron1)
+        return spiking_layer([(self.conv2, train)], self.bn2, self.neuron2)
+
+
+def test_an_image_that_is_mapped_in_place(float64):
+    assert_as_unrolled(MappedImage(extra=lambda x: x.sub_(0.5).div_(2)))
+    x = torch.randn(3, 2, 8, 8)
+    image, network = x.clone(), MappedImage(extra=lambda x: x.sub_(0.5))
+    network(x), network.eval()(x)
+    assert torch.equal(x, image)
+
+
+@pytest.mark.parametrize("engine", available())
+def test_noise_on_an_image_is_drawn_once(engine, float64):
+    """For the forward pass, and for the mean of which the first layer's gradient is made."""
+    plain, x = Net(), torch.randn(3, 2, 8, 8)
+    noisy = MappedImage(extra=lambda x: x + torch.randn(x.shape))
+    noisy.load_state_dict(plain.state_dict())
+    plain.engine = noisy.engine = engine
+    torch.manual_seed(1)
+    expected = step(plain, x + torch.randn(x.shape))
+    torch.manual_seed(1)
+    torch.testing.assert_close(step(noisy, x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_float64_alone(dtype, float64):
+    network, x = Net(make_lif, make_lif), torch.randn(3, 2, 8, 8)
+    exact = network.eval()(x)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(network(x), exact)
+        assert_as_unrolled(network.train())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_batch_norm_of_other_channels(inner, training):
+    """One of a single channel would fit behind any."""
+    norm = nn.BatchNorm2d(1)
+    network = Net(conv=nn.Sequential(nn.Conv2d(8, 8, 1), norm)) if inner else Net(bn=norm)
+    with pytest.raises(ValueError, match="cannot normalise currents of 8 channels"):
+        network.train(training)(torch.randn(2, 2, 8, 8))
+
+
+def test_an_input_is_not_decoded():
+    with pytest.raises(TypeError, match="has no representation"):
+        Net().encode(torch.randn(2, 2, 8, 8)).decode()
 
 
 @pytest.fixture
