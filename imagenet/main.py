@@ -40,7 +40,8 @@ SCRIPT, SEED_FLAG = "imagenet/main.py", "--seed"
 (ROWS,) = read_presets(Path(__file__).with_name("presets.md"))
 MODELS = list_models("imagenet")
 # How the processes of a run were started; some of these flags differ between them.
-LAUNCHING = ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "local_rank", "dist_url")
+LAUNCHING = ("multiprocessing_distributed", "cpu_processes", "world_size", "rank", "gpu")
+LAUNCHING += ("local_rank", "dist_url")
 
 
 def get_parser():
@@ -118,7 +119,8 @@ def launch(argv, args, device):
 
     machines, machine, url, env = args.world_size, args.rank, args.dist_url, os.environ
     if url == "env://":
-        machines, machine = int(env.get("WORLD_SIZE", machines)), int(env.get("RANK", machine))
+        with explained(lambda why: f"WORLD_SIZE, RANK: {why}", ValueError):
+            machines, machine = int(env.get("WORLD_SIZE", machines)), int(env.get("RANK", machine))
         url = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', 29500)}"
     given, address = "--dist-url" in " ".join(argv), re.fullmatch(r"tcp://(.+):(\d{1,5})", url, re.ASCII)
     valid = address and 0 < int(address[2]) < 2**16
@@ -135,6 +137,8 @@ def launch(argv, args, device):
     where += ["--nproc_per_node", str(processes if args.multiprocessing_distributed else 1)]
     if hasattr(signal, "SIGUSR1"):
         where += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    if device.type == "cpu":  # where a step may take long, and nobody waits for a process that has died
+        env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds until SIGKILL follows a signal
     hint = "try another --dist-url"
     try:
         with explained(lambda why: f"the processes cannot meet at {url} ({why}); {hint}", RuntimeError):

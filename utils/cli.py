@@ -90,6 +90,8 @@ def run_program(main, argv=None):
         sys.exit(f"error: {error}" if rank == "0" else f"error: process {rank}: {error}")
     except (OSError, MemoryError, RuntimeError) as error:  # a full disk, a name too long, a network too large
         text = str(error) or "out of memory"
+        if "RANK" in os.environ and re.search("Connection (closed|reset) by peer", text):
+            sys.exit("error: another process of this run has ended; its own message says why")
         shared = "out of shared memory|allocate shared memory|file </torch_"
         known = re.search(f".*(out of memory|[Cc]an(?:'t|not) allocate memory|({shared})).*", text)
         if isinstance(error, RuntimeError) and not known:

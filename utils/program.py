@@ -102,6 +102,8 @@ def run(args, *, files, device, fixed, create_model, fit_thresholds, transfer=Fa
     set_up(args)
     with distributed.first_on_each_machine():
         data = load(args)
+    found = distributed.gather((str(data), str(getattr(data.train, "classes", ""))))
+    require(len(set(found)) == 1, f"the machines hold different data in {args.path}; give all the same")
     print(f"data: {args.dataset}, {data}")
     model = build_model(args, data.classes, device, create_model)
     trained = bool(resumed or args.pre_train)
@@ -184,6 +186,8 @@ def resume(args, files, fixed):
     mine = vars(args) | dict(resumed=resumed and (resumed["epoch"], resumed["iteration"]))
     differing = {name for other in distributed.gather(mine) for name in mine if other[name] != mine[name]}
     differing = ", ".join(sorted(differing))
+    shared = "all machines must share the folder of --checkpoint, and of --resume"
+    require(differing != "resumed", f"the processes found different checkpoints: {shared}")
     require(not differing, f"the processes got different {differing}; start them alike")
     earlier = resumed["args"] if resumed else {}
     seed, now = distributed.broadcast((random.randint(1, 10000), datetime.now().isoformat()))
@@ -204,7 +208,7 @@ def compare(args, resumed, source, fixed):
     model = earlier.get("model", resumed.get("arch", args.model))
     if model != args.model:
         raise UserError(f"{source} is a checkpoint of {model}, not of {args.model}; choose that model")
-    names = [name for name in fixed if not args.evaluate or name in NEURON_SETTINGS]
+    names = [name for name in fixed if not args.evaluate or name in (*NEURON_SETTINGS, "image_size")]
     differing = [name for name in names if name in earlier and earlier[name] != getattr(args, name)]
     if not differing:
         return

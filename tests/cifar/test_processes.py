@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from models.registry import activation_factory
 from tests import chaos
 from tests.forks import ended, fork, free_port, side_by_side, torchrun
 from utils import distributed
-from utils.cli import run_program
+from utils.cli import UserError, run_program
 from utils.data import test_loader as make_loader
 from utils.training import evaluate
 
@@ -248,6 +249,45 @@ def test_processes_with_different_arguments(data, tmp_path):
     argv = [*data, *SMALL, "-c", str(tmp_path)]
     differing = [partial(program, [*argv, "--tau", str(1 + rank)]) for rank in range(2)]
     check_mistake(*side_by_side(differing, tmp_path)[0], "different tau")
+
+
+def test_machines_that_hold_different_things(data, images, tmp_path):
+    """Data, then checkpoints: each machine has folders of its own, of the same names."""
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        shutil.copytree(images, machine / "images")
+
+    def start(machine):
+        os.chdir(machine)
+        program(["--dataset", "imagefolder", "--path", "images", *SMALL, "--resume", "auto", "-c", "out"])
+
+    picture = min((machines[1] / "images" / "train").glob("*/*"))
+    picture.rename(machines[1] / picture.name)
+    actions = [partial(start, machine) for machine in machines]
+    check_mistake(*side_by_side(actions, tmp_path)[0], "different data in images")
+    (machines[1] / picture.name).rename(picture)
+    run(
+        1,
+        ["--dataset", "imagefolder", "--path", str(images), *SMALL, "-c", str(machines[0] / "out")],
+        tmp_path,
+    )
+    check_mistake(*side_by_side(actions, tmp_path)[0], "different checkpoints")
+
+
+def test_an_error_that_one_process_alone_meets(tmp_path):
+    """The other, in a sum over both, says so; neither shows a traceback."""
+
+    def action(_):
+        distributed.join(torch.device("cpu"))
+        time.sleep = lambda _: None
+        if distributed.rank():
+            raise UserError("this picture is damaged")
+        distributed.total(torch.zeros(1))
+
+    (status, first), (_, second) = side_by_side([partial(run_program, action)] * 2, tmp_path)
+    check_mistake(status, first, "another process of this run has ended")
+    assert "error: process 1: this picture is damaged" in second
+    assert "Traceback" not in first + second
 
 
 def test_a_plain_start_is_a_run_of_one_process(data, tmp_path):

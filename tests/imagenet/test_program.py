@@ -22,7 +22,7 @@ from models import create_model, registry
 from tests.forks import ended, fork, free_port, torchrun
 from tests.imagenet import thin
 from tests.imagenet.images import make_images
-from utils.cli import run_program
+from utils.cli import UserError, run_program
 from utils.data import load_data
 
 ROOT = Path(__file__).parents[2]
@@ -177,9 +177,19 @@ def test_launch_styles(flags, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for name, value in dict(WORLD_SIZE=4, RANK=1, MASTER_ADDR="there", MASTER_PORT=7).items():
         monkeypatch.setenv(name, str(value))
+    patience = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's, with 30 s: less than a step on a CPU may take
+    monkeypatch.setenv(patience, "")
+    monkeypatch.delenv(patience)
     main([*flags.split(), "--device", "cpu"])
     signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # torchrun's own, and Slurm's
     assert started == [[*LAUNCHES[flags].split(), *signals, MAIN, *flags.split(), "--device", "cpu"]]
+    assert os.environ[patience] == "3600"
+
+
+def test_a_launcher_whose_numbers_are_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE, RANK: .*'two'"):
+        main(["--multiprocessing-distributed", "--dist-url", "env://"])
 
 
 def test_published_defaults():
@@ -286,7 +296,7 @@ def test_learning_rate_of_the_second_epoch_is_not_warmed_up(program):
     assert middle["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.005, rel=1e-12)
 
 
-def test_other_image_sizes(program, home):
+def test_other_image_sizes(program, home, capsys):
     """The resize side is in proportion 256/224, whatever the size and the colour mode."""
     for size, side in ((224, 256), (64, 73), (160, 183)):
         data = load_data("imagenet", home / "data" / "imagenet", image_size=size)
@@ -294,6 +304,8 @@ def test_other_image_sizes(program, home):
         assert {data.test[i][0].shape for i in range(3)} == {(3, size, size)}  # RGB, gray, CMYK
         assert data.train[1][0].shape == (3, size, size)
     assert (program("--image_size 65") / f"{IF}.pth").is_file()
+    program(f"--evaluate --resume {IF}.pth --image_size 64")
+    assert "was trained with image_size 65, now 64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
