@@ -266,11 +266,7 @@ def test_machines_that_hold_different_things(data, images, tmp_path):
     actions = [partial(start, machine) for machine in machines]
     check_mistake(*side_by_side(actions, tmp_path)[0], "different data in images")
     (machines[1] / picture.name).rename(picture)
-    run(
-        1,
-        ["--dataset", "imagefolder", "--path", str(images), *SMALL, "-c", str(machines[0] / "out")],
-        tmp_path,
-    )
+    run(1, [*data, *SMALL, "-c", str(machines[0] / "out")], tmp_path)
     check_mistake(*side_by_side(actions, tmp_path)[0], "different checkpoints")
 
 
